@@ -1,0 +1,109 @@
+"""`torch.compile(model, backend="fusionpass")`: rewrite Dynamo's graph, then hand it to the inner compiler.
+
+The rewriting happens in the backend function, ahead of the inner compiler, so that the report is complete on a warm cache
+(the backend still runs there, passes inside Inductor do not), training works, and the caches key on the rewritten graph.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fusionpass import collecting, notice
+from fusionpass.engine import foreign_type, run
+from fusionpass.options import Options
+from fusionpass.records import GraphBreak
+
+Compiled = Callable[..., Any]
+
+
+def fusionpass(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend registered under the name "fusionpass"; `torch.compile` calls it, users name it.
+
+    Args:
+        graph_module: Dynamo's graph, rewritten in place.
+        example_inputs: its inputs.
+        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...); torch.compile admits no `options` beside it.
+        options: the options of `fusionpass.fuse`; here `inner` defaults to "inductor".
+
+    Raises:
+        ValueError: an unknown option, value or mode.
+    """
+    return compile_graph(graph_module, example_inputs, Options.from_user(options or {}, default_inner="inductor"), mode)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The same as an object: equal options make equal backends, so N decorated layers share one compile."""
+
+    options: Options
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(graph_module, example_inputs, self.options)
+
+
+def compile_graph(
+    graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
+) -> Compiled:
+    inner = _inner(options.inner, mode)
+    code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
+    outcome = run(graph_module, options, foreign=foreign_type(example_inputs))
+    code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
+    graph_break = _graph_break(graph_module)
+    ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
+    notice.after_graph(outcome, options, piece=graph_break is not None or _resumes(graph_module))
+    try:
+        compiled = inner(graph_module, example_inputs)
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"raised by the inner compiler of fusionpass, option inner={options.inner!r}")
+        raise
+    return collecting.counted(compiled, ran)
+
+
+def _inner(inner: str | Compiled, mode: str | None) -> Compiled:
+    if callable(inner):
+        compiler = inner
+    else:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        compiler = lookup_backend(inner)
+    if mode is None or mode == "default":
+        return compiler
+    if inner != "inductor":
+        raise ValueError(f"mode {mode!r} is Inductor's, and option 'inner' is {inner!r}: leave one of the two out")
+    from torch._inductor import list_mode_options
+
+    patches = list_mode_options()
+    if mode not in patches:
+        raise ValueError(f"mode is {mode!r}: allowed are {', '.join(sorted(patches))}")
+    return lambda graph_module, example_inputs: compiler(graph_module, example_inputs, config_patches=patches[mode])
+
+
+def _graph_break(graph_module: GraphModule) -> GraphBreak | None:
+    """Where and why Dynamo ended this graph early; None when it ended with the function."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    frame = reason.user_stack[-1] if reason.user_stack else None
+    source = f"{os.path.basename(frame.filename)}:{frame.lineno}" if frame is not None else ""
+    title, *details = [line.strip() for line in str(reason.reason).strip().splitlines()] or ["unknown"]
+    explanation = [line.removeprefix("Explanation: ") for line in details if line.startswith("Explanation: ")]
+    return GraphBreak(": ".join([title, *explanation]), source)
+
+
+def _resumes(graph_module: GraphModule) -> bool:
+    """Whether the graph continues a function after a graph break, so that it is a piece of a model."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
+    return frame is not None and frame.name.startswith("torch_dynamo_resume_in_")

@@ -1,0 +1,35 @@
+"""A copy of a GraphModule whose graph may be edited, sharing every parameter, buffer and leaf module with the original."""
+
+from __future__ import annotations
+
+import copy
+
+from torch.fx import GraphModule
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def editable(graph_module: GraphModule, memo: dict[int, GraphModule] | None = None) -> GraphModule:
+    """The copy; child graphs are copied too, a child that several calls share once."""
+    memo = {} if memo is None else memo
+    if id(graph_module) in memo:
+        return memo[id(graph_module)]
+    new = GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+    memo[id(graph_module)] = new
+    new.meta = dict(getattr(graph_module, "meta", {}))
+    new.training = graph_module.training  # not .train(), which would reach the shared submodules
+    for name in _HOOKS:
+        getattr(new, name).update(getattr(graph_module, name))
+    for name in {str(node.target) for node in new.graph.nodes if node.op in ("get_attr", "call_module")}:
+        parent, _, leaf = name.rpartition(".")
+        owner = new.get_submodule(parent)
+        child = getattr(owner, leaf)
+        if isinstance(child, GraphModule):
+            setattr(owner, leaf, editable(child, memo))
+    return new

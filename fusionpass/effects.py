@@ -1,0 +1,175 @@
+"""Which node writes which memory, and one question: may a value read there be read here instead?
+
+Memory is identified by the storage of the tracer's fake tensors: views, in-place results, `.to(same dtype)` and
+parameters that share memory have one storage. `make_fx` in "real" mode records a storage per node, so the alias
+annotations of aten schemas are followed as well.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from functools import cache
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from fusionpass.tensors import storage_key, value_of
+from fusionpass.writes import METADATA_WRITES, call_name, changes_state, is_functorch_level, written_by
+
+
+class Effects:
+    """The writes and mode changes of one graph, by position, as they stood before the first rewrite.
+
+    Rewriting keeps it valid: a new node takes the position of the add it replaces and writes nothing.
+    """
+
+    def __init__(self, graph_module: GraphModule):
+        self._modules = dict(graph_module.named_modules())
+        self._storages: dict[Node, frozenset[int]] = {}
+        self._groups: dict[int, list[Node]] | None = None
+        self._nodes = list(graph_module.graph.nodes)
+        self.position = {node: index for index, node in enumerate(self._nodes)}
+        self._writes: dict[int, list[int]] = defaultdict(list)  # storage -> positions, ascending
+        self._all_writes: list[int] = []
+        self._barriers: list[int] = []  # positions of writes to memory nobody can name
+        self._states: list[int] = []
+        self._reshaped: dict[int, Node] = {}  # storage -> the node that changed a tensor's shape or strides in place
+        self.has_functorch = False
+        for index, node in enumerate(self._nodes):
+            if node.op not in ("call_function", "call_method", "call_module"):
+                continue
+            if changes_state(node):
+                self._states.append(index)
+                self.has_functorch = self.has_functorch or is_functorch_level(node)
+            self._record_writes(index, node)
+
+    def _record_writes(self, index: int, node: Node) -> None:
+        written, unknown = written_by(node, self._modules)
+        if unknown:
+            self._barriers.append(index)
+        if written or unknown:
+            self._all_writes.append(index)
+        for operand in written:
+            storages = self.storages(operand)
+            if not storages and unknown is False and _may_hold_tensor(operand):
+                self._barriers.append(index)
+            for storage in storages:
+                self._writes[storage].append(index)
+                if call_name(node) in METADATA_WRITES:
+                    self._reshaped.setdefault(storage, node)
+
+    def storages(self, node: Node) -> frozenset[int]:
+        """Identities of the memory the node's value lives in; empty when it holds no tensor or none was recorded."""
+        chain = []
+        while node not in self._storages:
+            chain.append(node)
+            source = _aliased_operand(node)
+            if source is None:
+                self._storages[node] = _own_storages(node)
+                break
+            node = source
+        keys = self._storages[node]
+        for alias in reversed(chain):
+            keys = self._storages[alias] = keys | _own_storages(alias)
+        return keys
+
+    def write_between(self, operand: Node, read: Node, now: Node) -> Node | None:
+        """The first node after `read` and before `now` that may write the operand's memory, or None."""
+        start, end = self.position[read], self.position[now]
+        found = [p for key in self.storages(operand) if (p := _first_between(self._writes.get(key, ()), start, end))]
+        barrier = _first_between(self._barriers, start, end)
+        if barrier is not None:
+            found.append(barrier)
+        return self._nodes[min(found)] if found else None
+
+    def any_write_between(self, first: Node, last: Node) -> Node | None:
+        """The first node between the two that writes anything: for memory no node of the graph stands for."""
+        position = _first_between(self._all_writes, self.position[first], self.position[last])
+        return None if position is None else self._nodes[position]
+
+    def state_change_between(self, first: Node, last: Node) -> Node | None:
+        """The first node between the two that switches grad mode, autocast, a functorch level or the stream."""
+        position = _first_between(self._states, self.position[first], self.position[last])
+        return None if position is None else self._nodes[position]
+
+    def reshaped_by(self, operand: Node) -> Node | None:
+        """A node that changes the shape or strides of the operand's memory in place: what was recorded of it lies."""
+        for key in self.storages(operand):
+            if key in self._reshaped:
+                return self._reshaped[key]
+        return None
+
+    def other_reader(self, operand: Node, writer: Node) -> Node | None:
+        """What would notice that `writer` no longer writes the operand's memory: an owner outside the graph, or a later
+        reader of an older name of it. None when the memory is the graph's own and dead but for `writer`'s result."""
+        now = self.position[writer]
+        for key in self.storages(operand):
+            for node in self._group(key):
+                if node.op in ("placeholder", "get_attr"):
+                    return node
+                if self.position.get(node, now) >= now:
+                    continue
+                for user in node.users:
+                    if self.position.get(user, now) > now:
+                        return user
+        return None
+
+    def adopt(self, new: Node, old: Node) -> None:
+        """Let `new` stand where `old` stood, in position and in memory: readers of the old sum's views read its own."""
+        index = self.position[new] = self.position[old]
+        self._nodes[index] = new
+        self._storages[new] = self.storages(old)
+        if self._groups is not None:
+            for key in self._storages[new]:
+                self._groups[key].append(new)
+
+    def _group(self, key: int) -> list[Node]:
+        if self._groups is None:
+            self._groups = defaultdict(list)
+            for node in self._nodes:
+                for storage in self.storages(node):
+                    self._groups[storage].append(node)
+        return self._groups[key]
+
+
+def _first_between(positions: list[int] | tuple[()], start: int, end: int) -> int | None:
+    index = bisect_right(positions, start)
+    return positions[index] if index < len(positions) and positions[index] < end else None
+
+
+def _may_hold_tensor(node: Node) -> bool:
+    value = value_of(node)
+    return value is None or isinstance(value, (torch.Tensor, list, tuple, dict))
+
+
+def _own_storages(node: Node) -> frozenset[int]:
+    value = value_of(node)
+    tensors = value if isinstance(value, (list, tuple)) else (value,)
+    keys = (storage_key(t) for t in tensors if isinstance(t, torch.Tensor))
+    return frozenset(key for key in keys if key is not None)
+
+
+def _aliased_operand(node: Node) -> Node | None:
+    """The first operand whose memory the node's result shares by its schema, or that it takes an element of."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        index = _aliased_argument(target)
+        if index is not None and index < len(node.args):
+            source = node.args[index]
+            return source if isinstance(source, Node) else None
+    if getattr(target, "__name__", "") == "getitem" and node.args and isinstance(node.args[0], Node):
+        return node.args[0]
+    return None
+
+
+@cache
+def _aliased_argument(target: OpOverload) -> int | None:
+    schema = target._schema
+    if all(result.alias_info is None for result in schema.returns):
+        return None
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None:
+            return index
+    return None

@@ -1,0 +1,163 @@
+"""The pass over one captured graph and its child graphs: find, grow, judge, replace, record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fusionpass import ops  # noqa: F401  registers torch.ops.fusionpass
+from fusionpass.effects import Effects
+from fusionpass.guards import judge
+from fusionpass.match import Refusal, Site
+from fusionpass.options import Options
+from fusionpass.pattern import find, is_sum
+from fusionpass.provenance import module_of, source_of
+from fusionpass.records import Miss, Rewrite
+from fusionpass.replace import replace
+from fusionpass.stages import STAGES
+from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
+from fusionpass.traffic import fused_bytes, kernels_and_bytes
+from fusionpass.vocabulary import Vocabulary
+from fusionpass.writes import is_functorch_level
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What the pass did to one captured graph, child graphs included; `graph` indices are for the report to set."""
+
+    nodes: int = 0
+    rewrites: list[Rewrite] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # name of an add -> name of the node in its place
+
+
+def run(graph_module: GraphModule, options: Options, *, foreign: str = "") -> Outcome:
+    """Rewrite `graph_module` in place and say what was done.
+
+    Args:
+        foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
+            Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
+    """
+    outcome = Outcome()
+    _run(graph_module, options, outcome, foreign, set(), inside_functorch=False)
+    for miss in outcome.misses:
+        log.info("%s: missed %s: %s [%s/%s]", miss.source, miss.node, miss.reason, miss.rule, miss.code)
+    for rewrite in outcome.rewrites:
+        log.info("%s: %s -> %s %s", rewrite.source, ", ".join(rewrite.nodes), rewrite.replacement, rewrite.module)
+    return outcome
+
+
+def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen: set[int], inside_functorch: bool):
+    if id(gm) in seen:  # a child that several higher-order calls share
+        return
+    seen.add(id(gm))
+    words = Vocabulary(gm)
+    outcome.nodes += len(gm.graph.nodes)
+    sums = [node for node in gm.graph.nodes if is_sum(words, node)]
+    effects: Effects | None = None
+    changed = False
+    for add in sums:
+        readings = list(find(words, add))
+        if not readings:
+            continue
+        effects = effects or Effects(gm)
+        effects.has_functorch = effects.has_functorch or inside_functorch
+        site, refusal = _choose(readings, effects, foreign)
+        if refusal is not None:
+            outcome.misses.append(_miss(add, refusal))
+            continue
+        _grow(site, words, effects, options)
+        outcome.rewrites.append(_replace(gm, site, words, effects, options, outcome))
+        changed = True
+    for child in _children(gm):
+        functorch = inside_functorch or (effects.has_functorch if effects else _has_functorch(gm))
+        _run(child, options, outcome, foreign, seen, functorch)
+    if changed:
+        gm.recompile()
+
+
+def _choose(readings: list[tuple[Site, Refusal | None]], effects: Effects, foreign: str) -> tuple[Site, Refusal | None]:
+    """The first reading every guard accepts; else the one whose nodes stand closest together, with its refusal."""
+    refused: list[tuple[Site, Refusal]] = []
+    for site, obstacle in readings:
+        refusal = obstacle or judge(site, effects)
+        if refusal is None and foreign:
+            refusal = Refusal("subclass", "an input of the graph is a {}", foreign)
+        if refusal is None:
+            return site, None
+        refused.append((site, refusal))
+    direct = [(site, refusal) for (site, refusal), (_, obstacle) in zip(refused, readings, strict=True) if not obstacle]
+    return (direct or refused)[0]
+
+
+def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> None:
+    for stage in STAGES:
+        name = stage.INFO.name
+        if not options.allows(name):
+            refusal = Refusal("not-allowed", "option 'rules' leaves out {}", name)
+        else:
+            refusal = stage.grow(site, words, effects, options)
+        if refusal is not None:
+            site.stopped.append((name, refusal))
+
+
+def _replace(gm, site: Site, words: Vocabulary, effects: Effects, options: Options, outcome: Outcome) -> Rewrite:
+    add, total = site.add, tensor_of(site.add)
+    kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
+    bytes_fused = fused_bytes(site, words)
+    stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
+    new, gone = replace(gm.graph, site, effects, options)
+    kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
+    outcome.renamed[add.name] = new.name
+    return Rewrite(
+        rule="gated_add",
+        stages=list(site.stages),
+        nodes=gone,
+        replacement=new.name,
+        module=module_of(new),
+        source=source_of(new),
+        shape=[size if isinstance(size, int) else str(size) for size in total.shape],
+        dtype=dtype_text(total.dtype),
+        kernels_before=kernels_before,
+        kernels_after=1 + kernels_kept,
+        bytes_before=bytes_before,
+        bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
+        graph=0,
+        stopped=stopped,
+    )
+
+
+def _miss(add: Node, refusal: Refusal) -> Miss:
+    return Miss(add.name, "gated_add", refusal.code, refusal.reason, module_of(add), source_of(add), graph=0)
+
+
+def _children(gm: GraphModule) -> list[GraphModule]:
+    """Child graphs in the order the graph calls them: checkpointed bodies, branches of cond, nested regions."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            child = gm
+            for name in str(node.target).split("."):
+                child = getattr(child, name, None)
+            if isinstance(child, GraphModule):
+                found.append(child)
+    return found
+
+
+def _has_functorch(gm: GraphModule) -> bool:
+    return any(is_functorch_level(node) for node in gm.graph.nodes)
+
+
+def foreign_type(values: Iterable[Any] | None) -> str:
+    """Name of the first tensor subclass among a graph's inputs, "" when all are plain tensors."""
+    for value in values or ():
+        if isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES:
+            return type(value).__name__
+    return ""

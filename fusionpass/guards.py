@@ -1,0 +1,181 @@
+"""When the formula may not be replaced: each guard is one question about a site, answered by a refusal or None.
+
+They run in the order of `GUARDS`, cheapest first; the first refusal is the one reported.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusionpass.effects import Effects
+from fusionpass.match import Refusal, Site
+from fusionpass.tensors import (
+    PLAIN_TYPES,
+    broadcasts_to,
+    dtype_text,
+    known_contiguous,
+    same_sizes,
+    same_strides,
+    shape_text,
+    tensor_of,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+CODES = {
+    "view-between": "a view stands between the sigmoid, the product and the sum, so rows and gates no longer line up",
+    "cast-between": "a cast rounds in between",
+    "scaled": "a factor, alpha or value other than 1 makes it another formula",
+    "odd-call": "the call has arguments the formula does not have",
+    "out-argument": "the result is written into a given tensor",
+    "module-hook": "a module of the formula has hooks",
+    "scalar-operand": "a, b or the gate is a Python number",
+    "no-metadata": "the tracer recorded no tensor for an operand",
+    "multi-use": "the product is read by others too, so it must stay",
+    "mixed-dtype": "the operands differ in dtype, so the sum is promoted",
+    "dtype": "a dtype outside bfloat16, float16, float32",
+    "device": "the operands live on different devices",
+    "layout": "a sparse or otherwise not strided tensor",
+    "subclass": "a tensor subclass, whose own rules would be bypassed",
+    "zero-dim": "a 0-d operand, which promotes by other rules",
+    "shape": "a, b and the sum differ in shape, or are not known to be equal",
+    "gate-shape": "the gate is not known to broadcast to the sum",
+    "in-place": "the sigmoid or the product overwrites its input",
+    "in-place-visible": "the sum is written into memory that somebody else reads",
+    "functorch": "inside vmap, grad or jvp of torch.func, where the op has no rule",
+    "state-change-between": "grad mode, autocast or the stream changes between the reads and the sum",
+    "mutation-between": "an operand is overwritten between the old read and the new one",
+    "metadata-mutation": "an operand's shape or strides are changed in place",
+    "stride": "the op would lay the result out in memory otherwise than eager does",
+}
+
+
+def operands(site: Site) -> tuple[tuple[str, torch.fx.Node], ...]:
+    return ("a", site.a), ("gate", site.gate), ("b", site.b)
+
+
+def recorded(site: Site, effects: Effects) -> Refusal | None:
+    for name, node in (*operands(site), ("the sum", site.add)):
+        if tensor_of(node) is None:
+            return Refusal("no-metadata", "{} ({}) has no recorded tensor", name, node)
+    return None
+
+
+def product_read_once(site: Site, effects: Effects) -> Refusal | None:
+    """The sigmoid may have other readers, and then stays; the product may not, or it would be computed twice."""
+    for part in site.handed_on:
+        if len(part.users) != 1:
+            readers = ", ".join(sorted(user.name for user in part.users))
+            return Refusal("multi-use", "{} has {} users ({})", part, len(part.users), readers)
+    return None
+
+
+def one_dtype(site: Site, effects: Effects) -> Refusal | None:
+    dtypes = [tensor_of(node).dtype for _, node in (*operands(site), ("sum", site.add))]
+    if len(set(dtypes)) > 1:
+        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))
+    if dtypes[0] not in DTYPES:
+        return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(dtypes[0]))
+    return None
+
+
+def plain_tensors(site: Site, effects: Effects) -> Refusal | None:
+    devices = {}
+    for name, node in operands(site):
+        tensor = tensor_of(node)
+        if type(tensor) not in PLAIN_TYPES:
+            return Refusal("subclass", "{} ({}) is a {}", name, node, type(tensor).__name__)
+        if tensor.layout is not torch.strided:
+            return Refusal("layout", "{} ({}) is {}", name, node, tensor.layout)
+        if tensor.dim() == 0:
+            return Refusal("zero-dim", "{} ({}) has no dimension", name, node)
+        devices[tensor.device] = f"{name} on {tensor.device}"
+    if len(devices) > 1:
+        return Refusal("device", "{}", ", ".join(devices.values()))
+    return None
+
+
+def shapes_fit(site: Site, effects: Effects) -> Refusal | None:
+    a, gate, b, total = (tensor_of(node) for node in (site.a, site.gate, site.b, site.add))
+    if not (same_sizes(a.shape, total.shape) and same_sizes(b.shape, total.shape)):
+        return Refusal("shape", "a is {}, b {}, the sum {}", *map(shape_text, (a, b, total)))
+    if not broadcasts_to(gate.shape, total.shape):
+        return Refusal("gate-shape", "the gate is {}, the sum {}", shape_text(gate), shape_text(total))
+    return None
+
+
+def outside_functorch(site: Site, effects: Effects) -> Refusal | None:
+    if effects.has_functorch:
+        return Refusal("functorch", "the graph of {} opens torch.func levels", site.add)
+    return None
+
+
+def one_state(site: Site, effects: Effects) -> Refusal | None:
+    change = effects.state_change_between(site.parts[0], site.add)
+    if change is not None:
+        return Refusal("state-change-between", "{} runs between {} and {}", change, site.parts[0], site.add)
+    return None
+
+
+def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
+    for name, node, read in (("gate", site.gate, site.sigmoid), ("b", site.b, site.product)):
+        writer = effects.write_between(node, read, site.add)
+        if writer is not None:
+            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, site.add)
+    for name, node in (*operands(site), ("the sum", site.add)):
+        writer = effects.reshaped_by(node)
+        if writer is not None:
+            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
+    return None
+
+
+def sum_owned(site: Site, effects: Effects) -> Refusal | None:
+    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own and dead afterwards."""
+    if not site.writes_a:
+        return None
+    reader = effects.other_reader(site.a, site.add)
+    if reader is not None:
+        return Refusal("in-place-visible", "{} writes into {}, which {} shows or reads", site.add, site.a, reader)
+    return None
+
+
+def same_layout(site: Site, effects: Effects) -> Refusal | None:
+    """The op's result must have the sum's strides; where all is contiguous they are known unasked."""
+    a, gate, b, total = (tensor_of(node) for node in (site.a, site.gate, site.b, site.add))
+    if all(map(known_contiguous, (a, gate, b, total))):
+        return None
+    op = torch.ops.fusionpass.gated_add.default
+    with torch.no_grad(), _fake_mode(total):
+        given = op(a, gate, b)
+    if not same_strides(given, total):
+        strides = tuple(given.stride()), tuple(total.stride())
+        return Refusal("stride", "the op would give strides {}, eager gives {}", *strides)
+    return None
+
+
+def _fake_mode(tensor: torch.Tensor):
+    """The mode the fake tensors belong to; its kernels give metadata only."""
+    return tensor.fake_mode if hasattr(tensor, "fake_mode") else torch.no_grad()
+
+
+GUARDS = (
+    recorded,
+    product_read_once,
+    one_dtype,
+    plain_tensors,
+    shapes_fit,
+    outside_functorch,
+    one_state,
+    sum_owned,
+    operands_unwritten,
+    same_layout,
+)
+
+
+def judge(site: Site, effects: Effects) -> Refusal | None:
+    """The first guard's refusal, None when the site may be replaced."""
+    for guard in GUARDS:
+        refusal = guard(site, effects)
+        if refusal is not None:
+            return refusal
+    return None

@@ -1,0 +1,67 @@
+"""The values that travel through the pass: a site on its way, a refusal, and what a rule says of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class RuleInfo:
+    """What `fusionpass rules` prints of a rule or stage."""
+
+    name: str
+    kind: str  # "rule" for a core formula, "stage" for what it grows over
+    formula: str
+    needs: tuple[str, ...]
+    codes: dict[str, str]  # refusal code -> what it means
+
+
+class Refusal:
+    """Why not: a stable code, and a sentence rendered only when somebody reads it."""
+
+    __slots__ = ("args", "code", "template")
+
+    def __init__(self, code: str, template: str, *args: object):
+        self.code = code
+        self.template = template
+        self.args = args
+
+    @property
+    def reason(self) -> str:
+        return self.template.format(*self.args)
+
+    def __repr__(self) -> str:
+        return f"Refusal({self.code!r}, {self.reason!r})"
+
+
+@dataclass
+class Projection:
+    """The gate logit as x . weight + bias; `weight` and `bias` are nodes, or attribute paths of an nn.Linear."""
+
+    x: Node
+    weight: Node | str
+    bias: Node | str | None
+
+
+@dataclass
+class Site:
+    """One a + sigmoid(gate) * b, as nodes.
+
+    `parts` are the nodes the op would take the place of, from the earliest read on; of these, `handed_on` are the product
+    and the identity casts after it, which nobody but the sum may read.
+    """
+
+    add: Node
+    product: Node  # the mul, or `add` itself for addcmul
+    sigmoid: Node
+    a: Node
+    gate: Node
+    b: Node
+    parts: list[Node]
+    handed_on: list[Node]
+    writes_a: bool = False  # iadd, add_, addcmul_: the sum lands in a's own memory
+    projection: Projection | None = None
+    stages: list[str] = field(default_factory=lambda: ["gated_add"])
+    stopped: list[tuple[str, Refusal]] = field(default_factory=list)  # stages that did not join, and why

@@ -1,0 +1,109 @@
+"""Zero rewrites is never silent: one warning with the top reasons, or `NothingRewritten` under `strict`.
+
+Who owns the outermost call (`fuse`, `explain`) waits until it returns and speaks once, over all graphs it compiled. The
+plain backend sees one graph at a time and cannot know which is the last of a model that Dynamo splits, so there a piece
+of a split model only warns, once per reason, and never raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusionpass.engine import Outcome
+from fusionpass.errors import NothingRewritten
+from fusionpass.options import Options
+from fusionpass.records import GraphRecord
+from fusionpass.report import Report
+
+log = logging.getLogger("fusionpass")
+NO_CANDIDATE = "no sigmoid feeds a product that feeds an add"
+
+
+class _Owner(threading.local):
+    """Per thread: what has been compiled under the outermost owned call; None outside of one."""
+
+    report: Report | None = None
+
+
+_owner = _Owner()
+_said: set[str] = set()
+
+
+def summary(report: Report) -> str:
+    """Why nothing was rewritten, in one sentence."""
+    if not report.misses:
+        return f"0 rewritten in {_count(len(report.graphs), 'graph')}: {NO_CANDIDATE}"
+    reasons = "; ".join(f"{count} x {miss.code} ({miss.node}: {miss.reason})" for count, miss in report.top_reasons())
+    return f"0 rewritten in {_count(len(report.graphs), 'graph')}, {_count(len(report.misses), 'near miss')}: {reasons}"
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "near misses" if noun == "near miss" else noun + "s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
+def after_graph(outcome: Outcome, options: Options, *, piece: bool) -> None:
+    """Called once per graph the backend compiles; `piece` when the graph is part of a model that Dynamo split.
+
+    Raises:
+        NothingRewritten: under `strict`, for a graph that is a whole model by itself.
+    """
+    if _owner.report is not None:
+        _owner.report.rewrites += outcome.rewrites
+        _owner.report.misses += outcome.misses
+        _owner.report.graphs.append(GraphRecord(len(_owner.report.graphs), outcome.nodes, 0, 0))
+        return
+    if outcome.rewrites:
+        return
+    message = summary(Report(misses=outcome.misses, graphs=[GraphRecord(0, outcome.nodes, 0, 0)]))
+    if not piece:
+        nothing(message, options)
+    elif message not in _said:
+        _said.add(message)
+        log.warning("%s; a graph break split the model, so its other graphs may hold sites", message)
+
+
+def nothing(message: str, options: Options) -> None:
+    """Say that nothing was rewritten, by the means the options ask for."""
+    if options.strict:
+        raise NothingRewritten(f"{message} (option 'strict' is on)")
+    log.warning("%s", message)
+
+
+@dataclass
+class Owned:
+    """A compiled callable whose outermost calls we see: it speaks once per call that compiled, not once per graph."""
+
+    run: Callable[..., Any]
+    options: Options
+    rewritten: int = field(default=0)
+    complaint: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.complaint is not None:  # strict: a second call would run the cached, unfused graph in silence
+            raise NothingRewritten(self.complaint)
+        if _owner.report is not None:  # inside another owned call, which speaks for both
+            return self.run(*args, **kwargs)
+        report = _owner.report = Report()
+        try:
+            result = self.run(*args, **kwargs)
+        finally:
+            _owner.report = None
+        if report.graphs:
+            self.settle(report)
+        return result
+
+    def settle(self, report: Report) -> None:
+        """Judge what was compiled; see `nothing`."""
+        self.rewritten += len(report.rewrites)
+        if self.rewritten:
+            return
+        try:
+            nothing(summary(report), self.options)
+        except NothingRewritten as error:
+            self.complaint = str(error)
+            raise

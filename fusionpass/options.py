@@ -1,0 +1,84 @@
+"""The options every entry point takes, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+NUMERICS = ("fp32", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose; equal options are equal objects, so Dynamo's backend guard sees one backend.
+
+    Attributes:
+        inner: compiles the rewritten graph: a registered backend's name ("eager", "aot_eager", "inductor", ...)
+            or a callable taking `(graph_module, example_inputs)`.
+        rules: names of the rules and stages to allow (see `fusionpass rules`); None allows all.
+        numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
+        profitable_only: leave a site alone where the inner compiler by itself would be faster.
+        strict: raise `NothingRewritten` when no site was rewritten.
+    """
+
+    inner: str | Callable[..., Any] = "eager"
+    rules: tuple[str, ...] | None = None
+    numerics: str = "fp32"
+    profitable_only: bool = True
+    strict: bool = False
+
+    @classmethod
+    def from_user(cls, given: Mapping[str, Any], *, default_inner: str | Callable[..., Any] = "eager") -> Options:
+        """Checked options.
+
+        Raises:
+            ValueError: an unknown option, or a value outside the allowed ones.
+            TypeError: a value of the wrong type.
+        """
+        allowed = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in allowed:
+                raise ValueError(f"unknown option {name!r}: allowed are {', '.join(allowed)}")
+        values = {"inner": default_inner, **given}
+        _check_inner(values["inner"])
+        values["rules"] = _checked_rules(values.get("rules"))
+        if values.get("numerics", "fp32") not in NUMERICS:
+            raise ValueError(f"option 'numerics' is {values['numerics']!r}: allowed are 'fp32' and 'eager'")
+        for name in ("profitable_only", "strict"):
+            if not isinstance(values.get(name, False), bool):
+                raise TypeError(f"option {name!r} is {values[name]!r}: it takes True or False")
+        return cls(**values)
+
+    def allows(self, name: str) -> bool:
+        return self.rules is None or name in self.rules
+
+
+def _check_inner(inner: Any) -> None:
+    if callable(inner):
+        return
+    if not isinstance(inner, str):
+        raise TypeError(f"option 'inner' is {inner!r}: it takes a backend's name or a callable")
+    if inner == "fusionpass":
+        raise ValueError("option 'inner' is 'fusionpass' itself: name the compiler that takes the rewritten graph")
+    import torch._dynamo
+
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if inner not in known:
+        raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(sorted(known))}, or a callable")
+
+
+def _checked_rules(rules: Any) -> tuple[str, ...] | None:
+    if rules is None:
+        return None
+    if isinstance(rules, str) or not all(isinstance(name, str) for name in rules):
+        raise TypeError(f"option 'rules' is {rules!r}: it takes a list of names, such as ['gated_add']")
+    from fusionpass.catalog import RULES
+
+    known = [rule.name for rule in RULES]
+    for name in rules:
+        if name not in known:
+            raise ValueError(f"option 'rules' names {name!r}: allowed are {', '.join(known)}")
+    if "gated_add" not in rules:
+        raise ValueError(f"option 'rules' is {list(rules)!r} without 'gated_add', the core every stage grows from")
+    return tuple(name for name in known if name in rules)

@@ -1,0 +1,78 @@
+"""Report: everything the pass did and left alone, over all graphs of one capture."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fusionpass._version import __version__
+from fusionpass.records import GraphBreak, GraphRecord, Miss, Rewrite
+
+
+@dataclass
+class Report:
+    """Rewritten sites, near misses, graphs and graph breaks, in capture order.
+
+    Attributes:
+        target: what was captured, in the user's words ("" when unknown).
+        rewrites: one `Rewrite` per captured site that now runs as one op.
+        misses: one `Miss` per near miss: a sigmoid that feeds a product that feeds an add, left alone.
+        graphs: one `GraphRecord` per captured graph.
+        graph_breaks: one `GraphBreak` per place where Dynamo split the model.
+    """
+
+    target: str = ""
+    rewrites: list[Rewrite] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    graphs: list[GraphRecord] = field(default_factory=list)
+    graph_breaks: list[GraphBreak] = field(default_factory=list)
+
+    @property
+    def executed(self) -> int:
+        """How many rewritten sites ran: a site in a graph that layers share counts once per run.
+
+        A graph that nobody ran (it was given to `rewrite`) counts once.
+        """
+        return sum(r.calls if self.graphs[r.graph].compiled else 1 for r in self.rewrites)
+
+    def top_reasons(self, most: int = 3) -> list[tuple[int, Miss]]:
+        """The commonest miss codes, as (how many, an example), most frequent first."""
+        counts = Counter(miss.code for miss in self.misses)
+        first = {}
+        for miss in self.misses:
+            first.setdefault(miss.code, miss)
+        return [(count, first[code]) for code, count in counts.most_common(most)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data, in the layout `to_json` writes."""
+        return {
+            "fusionpass": __version__,
+            "torch": torch.__version__,
+            "target": self.target,
+            "graphs": [graph.to_dict() for graph in self.graphs],
+            "graph_breaks": [graph_break.to_dict() for graph_break in self.graph_breaks],
+            "rewrites": [rewrite.to_dict() for rewrite in self.rewrites],
+            "misses": [miss.to_dict() for miss in self.misses],
+        }
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_markdown(self) -> str:
+        from fusionpass import render
+
+        return render.markdown(self)
+
+    def to_html(self) -> str:
+        from fusionpass import render
+
+        return render.html(self)
+
+    def __str__(self) -> str:
+        from fusionpass import render
+
+        return render.table(self)

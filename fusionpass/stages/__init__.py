@@ -1,0 +1,9 @@
+"""What a core match grows over: one file per stage, tried in the order of `STAGES`.
+
+A stage is a module with `INFO`, a `RuleInfo`, and `grow(site, words, effects, options)`, which absorbs a neighbour into the
+site and returns None, or leaves the site as it was and returns the refusal.
+"""
+
+from fusionpass.stages import gate_projection
+
+STAGES = (gate_projection,)

@@ -1,0 +1,134 @@
+"""gate = x @ weight.T + bias, one output column: the gate logit is computed inside the kernel.
+
+    a + sigmoid(linear(x, weight, bias)) * b  ->  gate_projected_add(x, weight, bias, a, b)
+
+The logit is one number per row of a and b, and whatever lies between the projection and the sigmoid may only rename its
+leading dimensions: rows keep their order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fusionpass.effects import Effects
+from fusionpass.match import Projection, Refusal, RuleInfo, Site
+from fusionpass.options import Options
+from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
+from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape
+
+INFO = RuleInfo(
+    name="gate_projection",
+    kind="stage",
+    formula="gate = x @ weight.T + bias",
+    needs=(
+        "linear, mm, matmul, mv or addmm with one output column",
+        "nothing but views that keep the rows' order between it and the sigmoid",
+        "x, weight, bias in the dtype of the sum, unwritten until the sum",
+        "numerics 'fp32': in 'eager' the projection's own reduction order stays",
+    ),
+    codes={
+        "not-a-projection": "the gate logit is computed by something else",
+        "gate-used-elsewhere": "the logit or the sigmoid has other readers, so the projection must stay",
+        "gate-columns": "the projection has more than one column, or the gate is not one value per row",
+        "numerics-eager": "bit-for-bit numerics keep the projection a linear of its own",
+        "dtype": "x, weight or bias differ in dtype from the sum",
+        "subclass": "x, weight or bias is a tensor subclass or not strided",
+        "device": "x, weight or bias lives on another device",
+        "no-metadata": "the tracer recorded no tensor for x, weight or bias",
+        "state-change-between": "grad mode, autocast or the stream changes between the projection and the sum",
+        "mutation-between": "x, weight or bias is overwritten between the projection and the sum",
+        "metadata-mutation": "the shape of x, weight or bias is changed in place",
+        "scaled": "alpha or beta other than 1",
+        "odd-call": "the call has arguments the formula does not have",
+        "out-argument": "the projection writes into a given tensor",
+        "module-hook": "the projection's module has hooks",
+    },
+)
+
+
+def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> Refusal | None:
+    """Absorb the projection into the site; the reason when it stays outside, and then the site is unchanged."""
+    if options.numerics == "eager":
+        return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is", site.gate)
+    projection, views = _behind_reshapes(site)
+    meaning = words.meaning(projection)
+    if meaning is None or meaning.op not in ("linear", "matmul", "addmm"):
+        return Refusal("not-a-projection", "the gate logit comes from {}", projection)
+    if meaning.oddity is not None:
+        return meaning.oddity
+    parts = [projection, *reversed(views)]
+    for part, reader in zip(parts, [*parts[1:], site.sigmoid], strict=True):
+        if list(part.users) != [reader]:
+            return Refusal("gate-used-elsewhere", "{} has {} users", part, len(part.users))
+    if len(site.sigmoid.users) != 1:
+        return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(site.sigmoid.users))
+    found = _as_projection(meaning)
+    refusal = _shapes(site, found, words) or _safety(site, found, projection, effects)
+    if refusal is None:
+        site.projection = found
+        site.parts[:0] = parts
+        site.stages.insert(0, INFO.name)
+    return refusal
+
+
+def _behind_reshapes(site: Site) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
+    """The node that computes the logit, and the reshapes and no-op casts after it, nearest to the sigmoid first."""
+    node, views = site.gate, []
+    while (is_reshape(node) or is_cast(node)) and isinstance(node.args[0], torch.fx.Node):
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        if before is None or after is None or before.dtype != after.dtype:
+            break
+        views.append(node)
+        node = node.args[0]
+    return node, views
+
+
+def _as_projection(meaning: Meaning) -> Projection:
+    if meaning.op == "addmm":
+        bias, x, weight = meaning.operands
+        return Projection(x, weight, bias)
+    x, weight, *bias = meaning.operands
+    return Projection(x, weight, bias[0] if bias else None)
+
+
+def _shapes(site: Site, found: Projection, words: Vocabulary) -> Refusal | None:
+    a, gate = tensor_of(site.a), tensor_of(site.gate)
+    x = tensor_of(found.x)
+    weight, bias = words.tensor(found.weight), words.tensor(found.bias)
+    if x is None or weight is None or (found.bias is not None and bias is None):
+        return Refusal("no-metadata", "x, weight or bias of {} has no recorded tensor", site.gate)
+    if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
+        return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
+    if x.dim() == 0 or not known_equal(weight.numel(), x.shape[-1]):
+        return Refusal("gate-columns", "x is {}, the weight {}", shape_text(x), shape_text(weight))
+    if bias is not None and not known_equal(bias.numel(), 1):
+        return Refusal("gate-columns", "the bias is {}, not one number", shape_text(bias))
+    given = (x, weight) if bias is None else (x, weight, bias)
+    for tensor in given:
+        if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+            return Refusal("subclass", "{} of layout {} feeds {}", type(tensor).__name__, tensor.layout, site.gate)
+        if tensor.dtype != a.dtype:
+            return Refusal("dtype", "{} feeds {}, a is {}", dtype_text(tensor.dtype), site.gate, dtype_text(a.dtype))
+        if tensor.device != a.device:
+            return Refusal("device", "{} feeds {}, a is on {}", tensor.device, site.gate, a.device)
+    return None
+
+
+def _safety(site: Site, found: Projection, projection: torch.fx.Node, effects: Effects) -> Refusal | None:
+    """Whether x, weight and bias, read at the projection until now, may be read at the sum instead."""
+    change = effects.state_change_between(projection, site.add)
+    if change is not None:
+        return Refusal("state-change-between", "{} runs between {} and {}", change, projection, site.add)
+    for name, node in (("x", found.x), ("weight", found.weight), ("bias", found.bias)):
+        if node is None:
+            continue
+        if isinstance(node, str):  # a parameter of an nn.Linear, for which the graph has no node
+            writer = effects.any_write_between(projection, site.add)
+        else:
+            writer = effects.write_between(node, projection, site.add)
+        if writer is not None:
+            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, site.add)
+        writer = effects.reshaped_by(node) if isinstance(node, torch.fx.Node) else None
+        if writer is not None:
+            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
+    return None

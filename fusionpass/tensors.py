@@ -1,0 +1,83 @@
+"""What the tracer recorded of a node's value, asked without installing guards.
+
+A size may be symbolic. A plain `==` on it inside a backend makes Dynamo guard on the answer and recompile for the next
+size (3 compiles instead of 1 for three values of T), so every comparison here goes through `statically_known_true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+# nn.Buffer is a Tensor by its type; UninitializedParameter and everything else brings rules of its own.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def value_of(node: Node) -> Any:
+    """The fake value: "val" from AOT, export and make_fx, "example_value" from Dynamo; None when there is none."""
+    meta = node.meta
+    return meta["val"] if "val" in meta else meta.get("example_value")
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The node's fake tensor, or None when the value is no tensor or was not recorded."""
+    value = value_of(node) if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def known_equal(left: Any, right: Any) -> bool:
+    """True only when the two sizes are equal for every input the graph admits."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    return statically_known_true(left == right)
+
+
+def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    return len(left) == len(right) and all(map(known_equal, left, right))
+
+
+def broadcasts_to(shape: Sequence[Any], target: Sequence[Any]) -> bool:
+    """Whether `shape` is known to broadcast to exactly `target`."""
+    if len(shape) > len(target):
+        return False
+    tail = target[len(target) - len(shape) :]
+    return all(known_equal(size, 1) or known_equal(size, wanted) for size, wanted in zip(shape, tail, strict=True))
+
+
+def same_strides(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal strides wherever they matter: a dimension of size 1 is never stepped along."""
+    strides = zip(left.shape, left.stride(), right.stride(), strict=True)
+    return all(known_equal(size, 1) or known_equal(x, y) for size, x, y in strides)
+
+
+def known_contiguous(tensor: torch.Tensor) -> bool:
+    expected: Any = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if not known_equal(size, 1) and not known_equal(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
+def shape_text(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def storage_key(tensor: torch.Tensor) -> int | None:
+    """Identity of the memory behind a fake tensor: equal for views, aliases and in-place results of each other.
+
+    None where there is no storage to speak of (sparse, functorch wrappers).
+    """
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None

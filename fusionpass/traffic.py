@@ -1,0 +1,52 @@
+"""Kernels and bytes of a site, before and after: what eager launches and moves, counted from shapes.
+
+Each arithmetic node is one kernel that reads its tensor operands once and writes its result once; views and casts that
+return their input cost nothing. Caches are not modelled, so the numbers are upper bounds for small tensors.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fusionpass.match import Site
+from fusionpass.tensors import storage_key, tensor_of
+from fusionpass.vocabulary import Vocabulary
+
+
+def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | None]:
+    """How many kernels the nodes launch in eager and how many bytes those move; None when a size has no known value."""
+    kernels, total = 0, 0
+    for node in nodes:
+        if words.operation(node) is None:
+            continue
+        kernels += 1
+        meaning = words.meaning(node)
+        moved = [bytes_of(words.tensor(operand)) for operand in meaning.operands if operand is not None]
+        moved.append(bytes_of(tensor_of(node)))
+        total = None if total is None or None in moved else total + sum(moved)
+    return kernels, total
+
+
+def fused_bytes(site: Site, words: Vocabulary) -> int | None:
+    """Bytes the one op reads and writes."""
+    found = site.projection
+    read = [site.gate] if found is None else [found.x, found.weight, found.bias]
+    moved = [bytes_of(words.tensor(operand)) for operand in (site.a, site.b, *read, site.add) if operand is not None]
+    return None if None in moved else sum(moved)
+
+
+def bytes_of(tensor) -> int | None:
+    """Size of a fake tensor in bytes, 0 for anything else; a symbolic size counts as the value it was traced with."""
+    if tensor is None:
+        return 0
+    total = tensor.element_size()
+    strides = tensor.stride() if storage_key(tensor) is not None else [1] * tensor.dim()
+    for size, stride in zip(tensor.shape, strides, strict=True):
+        if isinstance(stride, int) and stride == 0:  # expanded: the same bytes again
+            continue
+        if not isinstance(size, int):
+            size = size.node.hint if size.node.has_hint() else None
+            if size is None:
+                return None
+        total *= size
+    return total
