@@ -28,6 +28,7 @@ class Effects:
     def __init__(self, graph_module: GraphModule):
         self._modules = dict(graph_module.named_modules())
         self._storages: dict[Node, frozenset[int]] = {}
+        self._stands_for: dict[Node, Node] = {}  # a replacement -> the add whose place it took
         self._groups: dict[int, list[Node]] | None = None
         self._nodes = list(graph_module.graph.nodes)
         self.position = {node: index for index, node in enumerate(self._nodes)}
@@ -63,13 +64,14 @@ class Effects:
     def storages(self, node: Node) -> frozenset[int]:
         """Identities of the memory the node's value lives in; empty when it holds no tensor or none was recorded."""
         chain = []
+        node = self._stands_for.get(node, node)
         while node not in self._storages:
             chain.append(node)
             source = _aliased_operand(node)
             if source is None:
                 self._storages[node] = _own_storages(node)
                 break
-            node = source
+            node = self._stands_for.get(source, source)
         keys = self._storages[node]
         for alias in reversed(chain):
             keys = self._storages[alias] = keys | _own_storages(alias)
@@ -78,6 +80,8 @@ class Effects:
     def write_between(self, operand: Node, read: Node, now: Node) -> Node | None:
         """The first node after `read` and before `now` that may write the operand's memory, or None."""
         start, end = self.position[read], self.position[now]
+        if _first_between(self._all_writes, start, end) is None:
+            return None
         found = [p for key in self.storages(operand) if (p := _first_between(self._writes.get(key, ()), start, end))]
         barrier = _first_between(self._barriers, start, end)
         if barrier is not None:
@@ -96,6 +100,8 @@ class Effects:
 
     def reshaped_by(self, operand: Node) -> Node | None:
         """A node that changes the shape or strides of the operand's memory in place: what was recorded of it lies."""
+        if not self._reshaped:
+            return None
         for key in self.storages(operand):
             if key in self._reshaped:
                 return self._reshaped[key]
@@ -120,9 +126,9 @@ class Effects:
         """Let `new` stand where `old` stood, in position and in memory: readers of the old sum's views read its own."""
         index = self.position[new] = self.position[old]
         self._nodes[index] = new
-        self._storages[new] = self.storages(old)
+        self._stands_for[new] = old
         if self._groups is not None:
-            for key in self._storages[new]:
+            for key in self.storages(new):
                 self._groups[key].append(new)
 
     def _group(self, key: int) -> list[Node]:

@@ -6,10 +6,11 @@ return their input cost nothing. Caches are not modelled, so the numbers are upp
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from fusionpass.match import Site
-from fusionpass.tensors import storage_key, tensor_of
+from fusionpass.tensors import tensor_of
 from fusionpass.vocabulary import Vocabulary
 
 
@@ -35,12 +36,12 @@ def fused_bytes(site: Site, words: Vocabulary) -> int | None:
     return None if None in moved else sum(moved)
 
 
-def bytes_of(tensor) -> int | None:
+def bytes_of(tensor: torch.Tensor | None) -> int | None:
     """Size of a fake tensor in bytes, 0 for anything else; a symbolic size counts as the value it was traced with."""
     if tensor is None:
         return 0
     total = tensor.element_size()
-    strides = tensor.stride() if storage_key(tensor) is not None else [1] * tensor.dim()
+    strides = tensor.stride() if tensor.layout is torch.strided else [1] * tensor.dim()
     for size, stride in zip(tensor.shape, strides, strict=True):
         if isinstance(stride, int) and stride == 0:  # expanded: the same bytes again
             continue

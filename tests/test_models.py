@@ -1,0 +1,253 @@
+"""Real models: exact counts, outputs and gradients no further from float64 than eager's own, no other node changed."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+from programs import DEVICE
+from torch.fx import GraphModule, Interpreter
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusionpass
+from fusionpass.backend import Backend
+from fusionpass.options import Options
+
+EXPERTS = ("grouped_mm", "batched_mm", "eager")
+LAYERS = 2
+GROWN = ["gate_projection", "gated_add"]
+
+# Two runs of a model that differ in the rounding of one formula also round everything after it anew, so the ratio of
+# their errors scatters around 1: over 3 families x 3 experts x 2 dtypes x 2 seeds it was 0.92 to 1.04 for outputs and
+# 0.84 to 1.13 for gradients. That the formula itself is no less exact than eager's is `test_the_site_itself`'s to hold.
+SCATTER = 1.25
+
+
+def compiled(model, *, dynamic: bool | None = None):
+    return torch.compile(model, backend=Backend(Options()), dynamic=dynamic)
+
+
+def loss(model, inputs) -> torch.Tensor:
+    return model(**inputs).logits.double().square().mean()
+
+
+def relative_error(got: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
+    """Root mean square of the differences over that of the truth."""
+    difference = sum((g.double() - t).square().sum() for g, t in zip(got, truth, strict=True))
+    return (difference / sum(t.square().sum() for t in truth)).sqrt().item()
+
+
+def gradients(model) -> list[torch.Tensor]:
+    return [p.grad for _, p in sorted(model.named_parameters()) if p.grad is not None]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_dynamo(family, experts, dynamic, training):
+    model, inputs = models.build(family, experts=experts)
+    truth, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+    truth.set_experts_implementation("batched_mm")  # grouped_mm has no float64
+    with torch.set_grad_enabled(training), fusionpass.collect() as report:
+        outputs = []
+        for each in (truth, eager, compiled(model, dynamic=dynamic)):
+            outputs.append(each(**inputs).logits)
+            if training:
+                outputs[-1].double().square().mean().backward()
+
+    captured = 1 if experts == "eager" else LAYERS  # eager experts split each layer; the pieces are shared by layers
+    assert [r.stages for r in report.rewrites] == [GROWN] * captured
+    assert report.executed == LAYERS
+    assert report.misses == []
+    assert [r.source.split(":")[0] for r in report.rewrites] == [f"modeling_{family}.py"] * captured
+    if experts != "eager":
+        assert [r.module for r in report.rewrites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        assert report.graph_breaks == []
+
+    want, eager_out, got = (o.detach() for o in outputs)
+    assert got.stride() == eager_out.stride()
+    assert relative_error([got], [want]) <= SCATTER * relative_error([eager_out], [want])
+    if training:
+        want, eager_grads, got = gradients(truth), gradients(eager), gradients(model)
+        assert len(want) == len(eager_grads) == len(got)
+        assert relative_error(got, want) <= SCATTER * relative_error(eager_grads, want)
+
+
+class Recorder(Interpreter):
+    """Runs a rewritten graph and keeps the operands of each of our ops."""
+
+    def __init__(self, graph_module: GraphModule):
+        super().__init__(graph_module)
+        self.sites: list[tuple] = []
+
+    def call_function(self, target, args, kwargs):
+        if target is torch.ops.fusionpass.gate_projected_add.default:
+            self.sites.append(args)
+        return super().call_function(target, args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_the_site_itself(family, dtype):
+    """On the very operands the model feeds it, the op's largest error is no larger than that of eager's four kernels."""
+    model, inputs = models.build(family, dtype=dtype, experts="batched_mm")
+    recorders = []
+
+    def inner(graph_module, example_inputs):
+        recorders.append(Recorder(graph_module))
+        return recorders[-1].run
+
+    with torch.no_grad():
+        fusionpass.fuse(model, inner=inner)(**inputs)
+        sites = [site for recorder in recorders for site in recorder.sites]
+        assert len(sites) == LAYERS
+        for x, weight, bias, a, b in sites:
+            got = torch.ops.fusionpass.gate_projected_add(x, weight, bias, a, b)
+            eager = a + torch.sigmoid(torch.nn.functional.linear(x, weight, bias)) * b
+            x, weight, a, b = (t.double() for t in (x, weight, a, b))
+            truth = a + torch.sigmoid(torch.nn.functional.linear(x, weight)) * b
+            # float32 has nothing to gain: there both sides round alike and only the order of the dot product differs.
+            slack = torch.finfo(dtype).eps * truth.abs().max() if dtype is torch.float32 else 0
+            assert (got.double() - truth).abs().max() <= (eager.double() - truth).abs().max() + slack
+
+
+def listing(graph_module, gone: set[str], renamed: dict[str, str]) -> list[tuple]:
+    """Every node but those gone, with the names of its inputs, replacements under the name of what they replace."""
+    lines = []
+    for node in graph_module.graph.nodes:
+        if node.name in gone or node.name in renamed:
+            continue
+        args = torch.fx.map_arg((node.args, node.kwargs), lambda n: renamed.get(n.name, n.name))
+        lines.append((node.op, node.name, str(node.target), str(args)))
+    return lines
+
+
+def assert_only_sites_changed(before: GraphModule, after: GraphModule, report: fusionpass.Report) -> None:
+    after.graph.lint()
+    gone = {name for site in report.rewrites for name in site.nodes}
+    renamed = {site.replacement: site.nodes[-1] for site in report.rewrites}
+    assert listing(before, gone, {}) == listing(after, set(), renamed)
+    for node in after.graph.nodes:
+        if node.name in renamed:
+            old = next(n for n in before.graph.nodes if n.name == renamed[node.name])
+            for key in ("stack_trace", "nn_module_stack"):
+                assert node.meta.get(key) == old.meta.get(key)
+            assert node.meta["from_node"][0].name == old.name
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_no_other_node_changes_in_a_dynamo_graph(family):
+    model, inputs = models.build(family)
+    reports = []
+
+    def backend(graph_module, example_inputs):
+        code = graph_module.code
+        after, report = fusionpass.rewrite(graph_module)
+        assert graph_module.code == code
+        assert_only_sites_changed(graph_module, after, report)
+        reports.append(report)
+        return after
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        got = torch.compile(model, backend=backend)(**inputs).logits
+    assert [len(report.rewrites) for report in reports] == [LAYERS]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_export(family, dynamic, experts):
+    if dynamic and family != "qwen2_moe":
+        pytest.skip("the unrolled delta rule takes 20 s to export with dynamic shapes; qwen2_moe covers the pass")
+    model, inputs = models.build(family, dtype=torch.bfloat16, experts=experts)
+    shapes = {"input_ids": {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}} if dynamic else None
+    ids = {"input_ids": inputs["input_ids"]}
+    model.config.use_cache = False
+    with torch.no_grad():
+        program = torch.export.export(model, (), ids, dynamic_shapes=shapes, strict=False)
+        after, report = fusionpass.rewrite(program)
+        assert [r.stages for r in report.rewrites] == [GROWN] * LAYERS
+        assert [r.module for r in report.rewrites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        assert_only_sites_changed(program.graph_module, after.graph_module, report)
+        expected, got = program.module()(**ids).logits, after.module()(**ids).logits
+        truth = copy.deepcopy(model).double()
+        truth.set_experts_implementation("batched_mm")
+        want = truth(**ids).logits
+    assert relative_error([got], [want]) <= SCATTER * relative_error([expected], [want])
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_make_fx_of_the_block(family, experts, mode):
+    model, _ = models.build(family, dtype=torch.bfloat16, experts=experts)
+    block = model.model.layers[0].mlp
+    hidden = torch.randn(2, 5, 32, device=DEVICE, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = make_fx(lambda h: block(h), tracing_mode=mode, _allow_non_fake_inputs=True)(hidden)
+        after, report = fusionpass.rewrite(before)
+        assert [r.stages for r in report.rewrites] == [GROWN]
+        assert_only_sites_changed(before, after, report)
+        torch.testing.assert_close(after(hidden), block(hidden), rtol=2**-6, atol=2**-6)
+
+
+def test_make_fx_with_the_backward():
+    """In a joint graph the backward reads the sigmoid too: the core is fused, the projection stays for both readers."""
+    model, _ = models.build("qwen2_moe", experts="batched_mm")
+    block = model.model.layers[0].mlp
+    weights = dict(block.named_parameters())
+
+    def step(hidden, weights):
+        out = torch.func.functional_call(block, weights, (hidden,))
+        return out, torch.autograd.grad(out.square().sum(), list(weights.values()))
+
+    hidden = torch.randn(2, 5, 32, device=DEVICE)
+    before = make_fx(step)(hidden, weights)
+    after, report = fusionpass.rewrite(before)
+    assert [r.stages for r in report.rewrites] == [["gated_add"]]
+    assert [s["code"] for s in report.rewrites[0].stopped] == ["gate-used-elsewhere"]
+    assert_only_sites_changed(before, after, report)
+    for got, want in zip(
+        torch.utils._pytree.tree_leaves(after(hidden, weights)),
+        torch.utils._pytree.tree_leaves(before(hidden, weights)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_symbolic_trace_of_the_block():
+    """No shapes are recorded; example inputs give them."""
+    model, _ = models.build("qwen2_moe", experts="batched_mm")
+    block = model.model.layers[0].mlp
+    before = torch.fx.symbolic_trace(block)
+    hidden = torch.randn(2, 5, 32, device=DEVICE)
+    with torch.no_grad():
+        after, report = fusionpass.rewrite(before, [hidden])
+        assert [r.rule for r in report.rewrites] == ["gated_add"]
+        torch.testing.assert_close(after(hidden), block(hidden))
+
+
+def test_decode_with_a_static_cache():
+    transformers = pytest.importorskip("transformers")
+    model, inputs = models.build("qwen2_moe")
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        report = fusionpass.explain(model)(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
+    assert [r.shape for r in report.rewrites] == [[2, 32]] * LAYERS
+
+
+def test_generate():
+    model, inputs = models.build("qwen2_moe")
+    prompt = inputs["input_ids"]
+    options = dict(max_new_tokens=4, do_sample=False)
+    expected = model.generate(prompt, **options)
+    fusionpass.fuse(model)
+    with fusionpass.collect() as report:
+        got = model.generate(prompt, **options)
+    assert report.executed == 4 * LAYERS
+    torch.testing.assert_close(got, expected)
