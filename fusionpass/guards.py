@@ -13,12 +13,11 @@ from fusionpass.tensors import (
     PLAIN_TYPES,
     broadcasts_to,
     dtype_text,
-    known_contiguous,
     same_sizes,
-    same_strides,
     shape_text,
     tensor_of,
 )
+from fusionpass.verify import same_result
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -46,6 +45,7 @@ CODES = {
     "state-change-between": "grad mode, autocast or the stream changes between the reads and the sum",
     "mutation-between": "an operand is overwritten between the old read and the new one",
     "metadata-mutation": "an operand's shape or strides are changed in place",
+    "result": "the op's result would differ from the sum in shape, dtype or device",
     "stride": "the op would lay the result out in memory otherwise than eager does",
 }
 
@@ -139,23 +139,8 @@ def sum_owned(site: Site, effects: Effects) -> Refusal | None:
     return None
 
 
-def same_layout(site: Site, effects: Effects) -> Refusal | None:
-    """The op's result must have the sum's strides; where all is contiguous they are known unasked."""
-    a, gate, b, total = (tensor_of(node) for node in (site.a, site.gate, site.b, site.add))
-    if all(map(known_contiguous, (a, gate, b, total))):
-        return None
-    op = torch.ops.fusionpass.gated_add.default
-    with torch.no_grad(), _fake_mode(total):
-        given = op(a, gate, b)
-    if not same_strides(given, total):
-        strides = tuple(given.stride()), tuple(total.stride())
-        return Refusal("stride", "the op would give strides {}, eager gives {}", *strides)
-    return None
-
-
-def _fake_mode(tensor: torch.Tensor):
-    """The mode the fake tensors belong to; its kernels give metadata only."""
-    return tensor.fake_mode if hasattr(tensor, "fake_mode") else torch.no_grad()
+def same_result_as_eager(site: Site, effects: Effects) -> Refusal | None:
+    return same_result(site)
 
 
 GUARDS = (
@@ -168,7 +153,7 @@ GUARDS = (
     one_state,
     sum_owned,
     operands_unwritten,
-    same_layout,
+    same_result_as_eager,
 )
 
 

@@ -35,6 +35,8 @@ _said: set[str] = set()
 
 def summary(report: Report) -> str:
     """Why nothing was rewritten, in one sentence."""
+    if not report.graphs:
+        return "0 rewritten: the call compiled no graph, so it ran no tensor operation that Dynamo sees"
     if not report.misses:
         return f"0 rewritten in {_count(len(report.graphs), 'graph')}: {NO_CANDIDATE}"
     reasons = "; ".join(f"{count} x {miss.code} ({miss.node}: {miss.reason})" for count, miss in report.top_reasons())

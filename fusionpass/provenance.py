@@ -10,7 +10,8 @@ from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
-_ROOT = re.compile(r"^(?:L\['self'\]|self|L__self__)\.?")
+# The captured module itself: under Dynamo, under Dynamo when it is one of torch's own modules, under export.
+_ROOT = re.compile(r"^(?:L\['self'\]|L\['fn'\]|L__self__|self(?=\.|$))\.?")
 _WRAPPED = re.compile(r"^[LG]\['(\w+)'\]")
 
 

@@ -14,6 +14,7 @@ from fusionpass.effects import Effects
 from fusionpass.match import Projection, Refusal, RuleInfo, Site
 from fusionpass.options import Options
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
+from fusionpass.verify import same_result
 from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape
 
 INFO = RuleInfo(
@@ -38,6 +39,8 @@ INFO = RuleInfo(
         "state-change-between": "grad mode, autocast or the stream changes between the projection and the sum",
         "mutation-between": "x, weight or bias is overwritten between the projection and the sum",
         "metadata-mutation": "the shape of x, weight or bias is changed in place",
+        "result": "the op's result would differ from the sum in shape, dtype or device",
+        "stride": "the op would lay the result out in memory otherwise than eager does",
         "scaled": "alpha or beta other than 1",
         "odd-call": "the call has arguments the formula does not have",
         "out-argument": "the projection writes into a given tensor",
@@ -63,7 +66,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     if len(site.sigmoid.users) != 1:
         return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(site.sigmoid.users))
     found = _as_projection(meaning)
-    refusal = _shapes(site, found, words) or _safety(site, found, projection, effects)
+    refusal = _shapes(site, found, words) or _safety(site, found, projection, effects) or same_result(site, found)
     if refusal is None:
         site.projection = found
         site.parts[:0] = parts

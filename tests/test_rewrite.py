@@ -1,0 +1,153 @@
+"""`rewrite` leaves its input alone, asks for shapes where there are none, and its records are true."""
+
+import io
+
+import pytest
+import torch
+from programs import DEVICE, abg, captured, operands
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusionpass
+
+S = torch.sigmoid
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 1)
+
+    def forward(self, x):
+        return x + S(self.gate(x)) * x.tanh()
+
+
+def test_the_graph_given_stays_as_it_is():
+    block, (x,) = Block().to(DEVICE), operands((4, 8))
+    given = torch.fx.symbolic_trace(block)
+    code, nodes, meta = given.code, [n.name for n in given.graph.nodes], [dict(n.meta) for n in given.graph.nodes]
+    after, report = fusionpass.rewrite(given, [x])
+    assert len(report.rewrites) == 1 and after is not given
+    assert (given.code, [n.name for n in given.graph.nodes]) == (code, nodes)
+    assert [dict(n.meta) for n in given.graph.nodes] == meta
+    assert dict(after.named_parameters())["gate.weight"] is block.gate.weight
+    torch.testing.assert_close(after(x), given(x))
+
+
+def test_children_of_the_graph_given_stay_as_they_are():
+    def function(x):
+        return torch.cond(x.sum() > 0, lambda x: x + S(x) * x.cos(), lambda x: x.sin(), (x,))
+
+    (x,) = operands((4, 8))
+    given = make_fx(function)(x)
+    code = given.true_graph_0.code
+    after, report = fusionpass.rewrite(given)
+    assert len(report.rewrites) == 1
+    assert given.true_graph_0.code == code != after.true_graph_0.code
+    torch.testing.assert_close(after(x), given(x))
+
+
+def test_exported_program_whose_output_is_the_site():
+    """The program's signature names its output node, which is the replacement now; it still saves and loads."""
+    block, (x,) = Block().to(DEVICE), operands((4, 8))
+    program = torch.export.export(block, (x,))
+    after, report = fusionpass.rewrite(program)
+    assert [r.stages for r in report.rewrites] == [["gate_projection", "gated_add"]]
+    assert "sigmoid" in str(program.graph_module.code)
+    file = io.BytesIO()
+    torch.export.save(after, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(x), block(x))
+
+
+def test_exported_in_place_sum():
+    """Export keeps `+=` as aten.add_; its target is a temporary of the graph, so a fresh sum is the same."""
+
+    class Older(Block):
+        def forward(self, x):
+            total = x * 2
+            total += S(self.gate(x)) * x.tanh()
+            return total.reshape(2, 2, 8)
+
+    block, (x,) = Older().to(DEVICE), operands((4, 8))
+    program = torch.export.export(block, (x,))
+    assert "add_" in program.graph_module.code
+    after, report = fusionpass.rewrite(program)
+    assert len(report.rewrites) == 1
+    torch.testing.assert_close(after.module()(x), block(x))
+
+
+BAD = {
+    "a module": (lambda: fusionpass.rewrite(Block()), TypeError, "trace the model first"),
+    "no shapes": (lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block())), ValueError, "example_inputs"),
+    "too few inputs": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), []),
+        ValueError,
+        "has 0 values, the graph takes 1",
+    ),
+    "inputs that do not fit": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), [torch.randn(4, 9)]),
+        ValueError,
+        "do not fit the graph",
+    ),
+    "unknown option": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), [torch.randn(4, 8)], fast=1),
+        ValueError,
+        "unknown option 'fast'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_strict():
+    graph = make_fx(torch.tanh)(torch.randn(3))
+    with pytest.raises(fusionpass.NothingRewritten):
+        fusionpass.rewrite(graph, strict=True)
+
+
+def test_collected():
+    a, b, g = abg()
+    with fusionpass.collect() as report:
+        fusionpass.rewrite(make_fx(lambda a, b, g: a + S(g) * b)(a, b, g))
+    assert len(report.rewrites) == 1 and report.executed == 1
+
+
+def test_kernels_and_bytes_of_a_record():
+    """T x H in bf16: eager's four kernels read and write each operand and result once; the op only the ends."""
+    rows, width = 32, 64
+    x, w, a, b = operands((rows, width), (1, width), (rows, width), (rows, width), dtype=torch.bfloat16)
+    (site,) = captured(lambda x, w, a, b: a + S(x @ w.t()) * b, x, w, a, b).rewrites
+    wide, narrow = 2 * rows * width, 2 * rows
+    matmul, sigmoid, mul, add = wide + 2 * width + narrow, 2 * narrow, narrow + 2 * wide, 3 * wide
+    assert (site.kernels_before, site.bytes_before) == (4, matmul + sigmoid + mul + add)
+    assert (site.kernels_after, site.bytes_after) == (1, 4 * wide + 2 * width)
+
+
+def test_a_kept_sigmoid_counts_on_both_sides():
+    a, b, g = abg()
+    (site,) = captured(lambda a, b, g: (a + S(g) * b, S(g)), a, b, g).rewrites
+    (kept,) = captured(lambda a, b, g: ((s := S(g)), a + s * b), a, b, g).rewrites
+    assert (site.kernels_before, site.kernels_after) == (3, 1)
+    assert (kept.kernels_before, kept.kernels_after) == (3, 2)
+    assert kept.nodes == ["mul", "add"]
+
+
+def test_source_and_module_of_a_record():
+    block, (x,) = Block().to(DEVICE), operands((4, 8))
+    (site,) = captured(torch.nn.Sequential(torch.nn.Identity(), block), x).rewrites
+    line = Block.forward.__code__.co_firstlineno + 1
+    assert site.source == f"test_rewrite.py:{line}"
+    assert site.module == "1"
+    assert (site.shape, site.dtype, site.graph, site.calls) == ([4, 8], "float32", 0, 1)
+
+
+def test_symbolic_sizes_are_named_not_guessed():
+    block, (x,) = Block().to(DEVICE), operands((4, 8))
+    torch._dynamo.mark_dynamic(x, 0)
+    (site,) = captured(block, x).rewrites
+    assert isinstance(site.shape[0], str) and site.shape[1] == 8
+    assert isinstance(site.bytes_before, int)
