@@ -20,7 +20,6 @@ from fusionpass.records import GraphRecord
 from fusionpass.report import Report
 
 log = logging.getLogger("fusionpass")
-NO_CANDIDATE = "no sigmoid feeds a product that feeds an add"
 
 
 class _Owner(threading.local):
@@ -31,21 +30,6 @@ class _Owner(threading.local):
 
 _owner = _Owner()
 _said: set[str] = set()
-
-
-def summary(report: Report) -> str:
-    """Why nothing was rewritten, in one sentence."""
-    if not report.graphs:
-        return "0 rewritten: the call compiled no graph, so it ran no tensor operation that Dynamo sees"
-    if not report.misses:
-        return f"0 rewritten in {_count(len(report.graphs), 'graph')}: {NO_CANDIDATE}"
-    reasons = "; ".join(f"{count} x {miss.code} ({miss.node}: {miss.reason})" for count, miss in report.top_reasons())
-    return f"0 rewritten in {_count(len(report.graphs), 'graph')}, {_count(len(report.misses), 'near miss')}: {reasons}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = "near misses" if noun == "near miss" else noun + "s"
-    return f"{number} {noun if number == 1 else plural}"
 
 
 def after_graph(outcome: Outcome, options: Options, *, piece: bool) -> None:
@@ -61,7 +45,7 @@ def after_graph(outcome: Outcome, options: Options, *, piece: bool) -> None:
         return
     if outcome.rewrites:
         return
-    message = summary(Report(misses=outcome.misses, graphs=[GraphRecord(0, outcome.nodes, 0, 0)]))
+    message = Report(misses=outcome.misses, graphs=[GraphRecord(0, outcome.nodes, 0, 0)]).why_nothing()
     if not piece:
         nothing(message, options)
     elif message not in _said:
@@ -105,7 +89,7 @@ class Owned:
         if self.rewritten:
             return
         try:
-            nothing(summary(report), self.options)
+            nothing(report.why_nothing(), self.options)
         except NothingRewritten as error:
             self.complaint = str(error)
             raise

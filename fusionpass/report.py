@@ -13,6 +13,12 @@ from fusionpass._version import __version__
 from fusionpass.records import GraphBreak, GraphRecord, Miss, Rewrite
 
 
+def count(number: int, noun: str) -> str:
+    """`1 graph`, `2 graphs`, `2 near misses`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 @dataclass
 class Report:
     """Rewritten sites, near misses, graphs and graph breaks, in capture order.
@@ -46,6 +52,16 @@ class Report:
         for miss in self.misses:
             first.setdefault(miss.code, miss)
         return [(count, first[code]) for code, count in counts.most_common(most)]
+
+    def why_nothing(self, most: int = 3) -> str:
+        """Why nothing was rewritten, in one sentence: no candidate at all, or the commonest reasons."""
+        if not self.graphs:
+            return "0 rewritten: no graph was compiled, so the call ran no tensor operation that Dynamo sees"
+        where = f"in {count(len(self.graphs), 'graph')}"
+        if not self.misses:
+            return f"0 rewritten {where}: no sigmoid feeds a product that feeds an add"
+        top = [f"{n} x {miss.code} ({' '.join(miss.reason.split())})" for n, miss in self.top_reasons(most)]
+        return f"0 rewritten {where}, {count(len(self.misses), 'near miss')}: {'; '.join(top)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data, in the layout `to_json` writes."""

@@ -58,7 +58,7 @@ def rewrite(
     with collecting.collector() as own:
         collecting.record(outcome, compiled=False)
     if not outcome.rewrites:
-        notice.nothing(notice.summary(own.report), chosen)
+        notice.nothing(own.report.why_nothing(), chosen)
     return Rewritten(result, own.report)
 
 

@@ -42,8 +42,7 @@ def test_wheel(built):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fusionpass"}
     sources = {f"fusionpass/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     assert sources and sources <= set(names)
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fusionpass").glob("*.py")}
-    modules |= {str(path.relative_to(ROOT)) for path in (ROOT / "fusionpass/stages").glob("*.py")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fusionpass").rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("py.typed") for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
@@ -60,7 +59,8 @@ def test_wheel_imports_elsewhere(built, tmp_path):
 
 def test_sdist_holds_the_kernels(built):
     (sdist,) = built.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     for path in (ROOT / "kernels").glob("*.py"):
         assert any(name.endswith(f"fusionpass/kernels/{path.name}") for name in names)
 

@@ -1,0 +1,197 @@
+"""The command `fusionpass`: its arguments, its help and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fusionpass._version import __version__
+
+DESCRIPTION = """\
+Find a + sigmoid(g) * b, the shared-expert combine of Mixture-of-Experts models, in a model's graph, swap it for one
+kernel, and say which nodes were rewritten, which were left alone, and why."""
+
+EPILOG = """\
+examples:
+  fusionpass report qwen3_next
+      the 48 layers of the default Qwen3-Next config, on the meta device: no weights, no download, no GPU
+  fusionpass report mymodel.py:Block --input "bf16[64,2048]" --diff
+      your own module, with the graph's code before and after
+  fusionpass report ./checkpoint --layers 4 --expect 4 --format json -o report.json
+      a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, which holds the count in CI
+
+exit codes:
+  0  fine
+  1  expectation not met: --expect N and another count, --strict and nothing rewritten
+  2  bad input, told in one line on standard error
+"""
+
+REPORT_DESCRIPTION = """\
+Capture TARGET with torch.compile, run the pass, and report every site, every near miss and every graph break.
+
+TARGET is one of
+  qwen3_next             a Hugging Face model type: built from its default config
+  ./folder  org/name     a folder with a config.json, or a hub id (reads config.json from the network): built likewise
+  file.py:name           an nn.Module, its class, a function, or a function of no arguments that returns a module;
+  package.module:name    inputs come from example_inputs beside it (a tuple or dict, or a function that returns one)
+                         or from --input
+  model.pt2              an archive written by torch.export.save
+
+Which targets run code: file.py:name and package.module:name run that Python code. Hugging Face targets run only
+transformers' own code, unless --trust-remote-code is given. A .pt2 archive is read and not run; give only archives
+that you trust."""
+
+REPORT_EPILOG = """\
+examples:
+  fusionpass report qwen2_moe --layers 2
+  fusionpass report moe.py:make_block --input "bf16[64,2048]" --input "i64[2,9]" --format markdown -o report.md
+  fusionpass report qwen3_next --expect 48
+
+Model types of your transformers: python -c 'from transformers import CONFIG_MAPPING; print(*CONFIG_MAPPING)'
+FUSIONPASS_TRACEBACK=1 shows the traceback behind a one-line error, TORCH_LOGS and TRANSFORMERS_VERBOSITY the logs.
+
+exit codes: 0 fine; 1 --expect or --strict not met; 2 bad input
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong argument in one line, where argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `fusionpass`."""
+    raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    top = _Parser(prog="fusionpass", description=DESCRIPTION, epilog=EPILOG, **raw)
+    top.add_argument("--version", action="version", version=f"fusionpass {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    report = commands.add_parser(
+        "report",
+        help="capture a model and say what the pass does to it",
+        description=REPORT_DESCRIPTION,
+        epilog=REPORT_EPILOG,
+        **raw,
+    )
+    _add_report(report)
+    rules = commands.add_parser(
+        "rules",
+        help="list every rule and stage: formula, what it needs, its miss codes",
+        description="List every rule and stage: formula, what it needs, and the codes of its near misses.",
+        **raw,
+    )
+    rules.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="default: table")
+    return top
+
+
+def _add_report(report: argparse.ArgumentParser) -> None:
+    report.add_argument("target", metavar="TARGET", help="what to capture, see above")
+    output = report.add_argument_group("output")
+    output.add_argument(
+        "--format",
+        choices=("table", "json", "markdown", "html"),
+        help="default: by the suffix of -o (.json, .md, .html), else table",
+    )
+    output.add_argument(
+        "-o", "--output", metavar="FILE", help="write the report to FILE and one line to standard error"
+    )
+    output.add_argument(
+        "--diff", action="store_true", help="add the graphs' code before and after (JSON: in its graphs)"
+    )
+    judge = report.add_argument_group("expectations")
+    judge.add_argument(
+        "--expect",
+        type=_count_from(0),
+        metavar="N",
+        help="exit 1 unless N rewritten sites ran: one per layer, also where layers share one captured graph",
+    )
+    judge.add_argument("--strict", action="store_true", help="exit 1 when nothing was rewritten")
+    sizes = report.add_argument_group("Hugging Face targets")
+    sizes.add_argument(
+        "--layers", type=_count_from(1), metavar="N", help="keep the first N decoder layers; default: all"
+    )
+    sizes.add_argument("--tokens", type=_count_from(1), metavar="N", help="tokens of each sequence; default: 16")
+    sizes.add_argument("--batch", type=_count_from(1), metavar="N", help="sequences; default: 1")
+    sizes.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the target")
+    code = report.add_argument_group("model and inputs")
+    code.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16; Python code: as it is")
+    code.add_argument("--device", metavar="cpu|cuda|meta", help="default: meta, no weights; Python code: as it is, cpu")
+    code.add_argument(
+        "--input",
+        action="append",
+        metavar="SPEC",
+        help='an input of Python code as dtype[sizes], such as "bf16[64,2048]" or "i64[2,9]"; repeat for each',
+    )
+    options = report.add_argument_group("the pass")
+    options.add_argument(
+        "--inner", default="eager", metavar="NAME", help="compiler of the rewritten graph; default: eager"
+    )
+    options.add_argument("--rules", metavar="A,B", help="rules and stages to allow, see fusionpass rules; default: all")
+    options.add_argument(
+        "--numerics",
+        choices=("fp32", "eager"),
+        default="fp32",
+        help="fp32 rounds once, at the store; eager gives the unfused nodes' bits; default: fp32",
+    )
+
+
+def _count_from(least: int):
+    def count(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+
+    return count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as done:  # argparse leaves this way, after --help and --version too
+        return done.code if isinstance(done.code, int) else 2
+    from fusionpass.cli.quiet import wants_traceback
+
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # whatever it is, the user reads one line; the variable shows the rest
+        if wants_traceback():
+            import traceback
+
+            traceback.print_exc()
+            return 2
+        print(f"fusionpass {arguments.command}: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal of another encoding shows what it lacks as \\x escapes
+            stream.reconfigure(errors="backslashreplace")
+    if arguments.command == "rules":
+        from fusionpass.cli.report import print_out
+        from fusionpass.cli.rules import rules_text
+
+        print_out(rules_text(arguments.format))
+        return 0
+    from fusionpass.cli.report import report_command
+
+    return report_command(arguments)
+
+
+def _sentence(error: Exception) -> str:
+    """The error in one line: ours are sentences already, any other gets its type and the way to its traceback."""
+    from fusionpass.targets.types import TargetError, one_line
+
+    if type(error) in (TargetError, ValueError):
+        return " ".join(str(error).split())
+    return f"{one_line(error)}; FUSIONPASS_TRACEBACK=1 shows the traceback"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

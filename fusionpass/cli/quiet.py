@@ -1,0 +1,35 @@
+"""Keep standard output for the report: prints go to standard error, and library chatter stays silent.
+
+What a library says in passing (a fast path is missing, a function recompiles) would drown the report; what goes wrong
+arrives as an exception and is told. TORCH_LOGS, TRANSFORMERS_VERBOSITY or FUSIONPASS_TRACEBACK in the environment
+brings it all back, PYTHONWARNINGS (or -W) the warnings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+
+TRACEBACK = "FUSIONPASS_TRACEBACK"
+_LOUD = ("TORCH_LOGS", "TRANSFORMERS_VERBOSITY", TRACEBACK)
+
+
+def wants_traceback() -> bool:
+    return os.environ.get(TRACEBACK, "") not in ("", "0")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No log record, no warning and no print of the code that runs inside reaches standard output."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        if not any(os.environ.get(name) for name in _LOUD):
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.CRITICAL)
+            if not sys.warnoptions:
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+        yield

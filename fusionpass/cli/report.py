@@ -1,0 +1,155 @@
+"""`fusionpass report`: resolve the target, capture it once, render, and judge the expectation."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from fusionpass.cli.diff import appended
+from fusionpass.cli.progress import Progress
+from fusionpass.cli.quiet import TRACEBACK, quiet
+from fusionpass.render import summary
+from fusionpass.report import Report
+from fusionpass.targets.types import Target, TargetError, one_line
+
+SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html"}
+
+
+def report_command(arguments: argparse.Namespace) -> int:
+    """The exit code: 0 fine, 1 expectation not met.
+
+    Raises:
+        ValueError: bad input, told in one sentence.
+    """
+    output = None if arguments.output in (None, "-") else Path(arguments.output)
+    if output is not None:
+        _ensure_writable(output)
+    style = arguments.format or SUFFIXES.get(output.suffix.lower() if output else "", "table")
+    with Progress() as progress, quiet():
+        options = _options(arguments)
+        progress.stage(f"building {arguments.target}")
+        target = _resolve(arguments)
+        progress.stage("capturing")
+        report = _capture(target, options, keep_code=arguments.diff)
+        progress.stage("rendering")
+        text = _rendered(report, style, arguments.diff)
+    for note in target.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if output is None:
+        print_out(text)
+    else:
+        _write(output, text)
+        print(f"{output}: {summary(report)}", file=sys.stderr)
+    return _judged(report, arguments)
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, object]:
+    """The pass's options, checked before anything is built."""
+    from fusionpass.options import Options
+
+    options: dict[str, object] = {"inner": arguments.inner, "numerics": arguments.numerics}
+    if arguments.rules is not None:
+        options["rules"] = [name.strip() for name in arguments.rules.split(",") if name.strip()]
+    Options.from_user(options)
+    return options
+
+
+def _resolve(arguments: argparse.Namespace) -> Target:
+    from fusionpass.targets import resolve
+
+    return resolve(
+        arguments.target,
+        layers=arguments.layers,
+        tokens=arguments.tokens,
+        batch=arguments.batch,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        input_specs=arguments.input,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+
+
+def _capture(target: Target, options: dict[str, object], *, keep_code: bool) -> Report:
+    """The report on one captured call of the target."""
+    try:
+        with target.capturing():
+            if target.program is not None:
+                return _rewritten(target, options, keep_code)
+            from fusionpass.explain import capture
+
+            call = (target.model, target.args, dict(target.kwargs))
+            return capture(*call, target=target.name, keep_code=keep_code, **options)
+    except Exception as error:  # the target's own code runs here, and may raise anything
+        needs_values = target.on_meta and "meta" in str(error)
+        hint = "meta tensors have no values, so try --device cpu --layers 2; " if needs_values else ""
+        raise TargetError(
+            f"{target.name!r} cannot be captured: {one_line(error)}; {hint}{TRACEBACK}=1 shows the traceback"
+        ) from error
+
+
+def _rewritten(target: Target, options: dict[str, object], keep_code: bool) -> Report:
+    from fusionpass.rewrite import rewrite
+
+    before = target.program.graph_module.print_readable(print_output=False) if keep_code else None
+    program, report = rewrite(target.program, **options)
+    report.target = target.name
+    if keep_code and report.graphs:
+        report.graphs[0].code_before = before
+        report.graphs[0].code_after = program.graph_module.print_readable(print_output=False)
+    return report
+
+
+def _rendered(report: Report, style: str, diff: bool) -> str:
+    render = {"json": report.to_json, "markdown": report.to_markdown, "html": report.to_html, "table": report.__str__}
+    text = render[style]()
+    return appended(text, report, style) if diff else text
+
+
+def _judged(report: Report, arguments: argparse.Namespace) -> int:
+    """Hold the count against `--expect` and `--strict`; a miss is one line on standard error."""
+    captured, found = len(report.rewrites), report.executed
+    if arguments.expect is not None and found != arguments.expect:
+        shared = f" ({captured} captured, shared by layers)" if captured != found else ""
+        if captured == 0:
+            why = report.why_nothing()
+        elif report.misses:
+            reasons = [f"{count} x {miss.code} ({miss.reason})" for count, miss in report.top_reasons()]
+            why = f"near misses: {'; '.join(reasons)}"
+        else:
+            why = "no near misses"
+        line = f"expected {arguments.expect} rewritten sites, found {found}{shared}; {why}"
+    elif arguments.strict and captured == 0:
+        line = f"--strict: {report.why_nothing()}"
+    else:
+        return 0
+    print(f"fusionpass report {arguments.target}: {' '.join(line.split())}", file=sys.stderr)
+    return 1
+
+
+def print_out(text: str) -> None:
+    """To standard output; a reader that has seen enough (`| head`) is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _ensure_writable(output: Path) -> None:
+    """Before a long capture, whose result would have nowhere to go."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise TargetError(f"-o {str(output)!r} cannot be written: there is no folder {str(folder)!r}, make it first")
+    if output.is_dir():
+        raise TargetError(f"-o {str(output)!r} cannot be written: it is a folder, name a file in it")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise TargetError(f"-o {str(output)!r} cannot be written: permission denied, name another file")
+
+
+def _write(output: Path, text: str) -> None:
+    try:
+        output.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TargetError(f"-o {str(output)!r} cannot be written: {error.strerror}, name another file") from error

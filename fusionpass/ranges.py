@@ -1,0 +1,65 @@
+"""Names of many layers in few words: module paths as ranges, node names by what they share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+_NUMBERED = re.compile(r"(_\d+)+$")
+
+
+def ranges(paths: Iterable[str]) -> list[str]:
+    """Dotted paths with the numbers in which they differ written as ranges: `layers.{0..47}.mlp`.
+
+    A constant step above one is written as in a shell, `{3..47..4}`. Where several numbers vary, the last is folded.
+    """
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for path in dict.fromkeys(paths):
+        parts = path.split(".")
+        groups.setdefault(tuple("#" if part.isdecimal() else part for part in parts), []).append(parts)
+    return [line for members in groups.values() for line in _folded(members)]
+
+
+def _folded(members: list[list[str]]) -> list[str]:
+    varying = [at for at in range(len(members[0])) if len({parts[at] for parts in members}) > 1]
+    if not varying:
+        return [".".join(members[0])]
+    last = varying[-1]
+    runs: dict[tuple[str, ...], list[int]] = {}
+    for parts in members:
+        runs.setdefault((*parts[:last], "#", *parts[last + 1 :]), []).append(int(parts[last]))
+    return [
+        ".".join(_number_set(sorted(set(numbers))) if p == "#" else p for p in key) for key, numbers in runs.items()
+    ]
+
+
+def _number_set(numbers: list[int]) -> str:
+    """`7`, `{0,1}`, `{0..47}`, `{3..47..4}`, `{0..2,5,9..11}`."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    step = numbers[1] - numbers[0]
+    if step > 1 and len(numbers) > 3 and all(b - a == step for a, b in zip(numbers, numbers[1:], strict=False)):
+        return f"{{{numbers[0]}..{numbers[-1]}..{step}}}"
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    words = [str(a) if a == b else f"{a},{b}" if b == a + 1 else f"{a}..{b}" for a, b in spans]
+    return "{" + ",".join(words) + "}"
+
+
+def stem(name: str) -> str:
+    """A node name without the number that tells it apart: `linear_8` -> `linear`."""
+    return _NUMBERED.sub("", name)
+
+
+def common(names: Sequence[str]) -> str:
+    """The one name, or what many share: `linear_8`, `linear_17` -> `linear*`."""
+    return names[0] if len(set(names)) == 1 else stem(names[0]) + "*"
+
+
+def skeleton(path: str) -> str:
+    """`path` with its numbers blanked, equal for the same module of like layers."""
+    return ".".join("#" if part.isdecimal() else part for part in path.split("."))

@@ -1,0 +1,23 @@
+"""Targets that are `.pt2` archives of torch.export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fusionpass.targets.types import Target, TargetError, first_line
+
+
+def from_archive(path: str) -> Target:
+    """The exported program in the archive at `path`."""
+    if not Path(path).is_file():
+        raise TargetError(f"there is no archive {path!r}: write one with torch.export.save(program, {path!r})")
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # a broken zip, a missing member, bad JSON: torch raises a type of its own for each
+        raise TargetError(
+            f"{path!r} could not be read by torch.export.load ({type(error).__name__}: {first_line(error, 160)}): "
+            "write it again with torch.export.save"
+        ) from error
+    return Target(name=path, program=program)

@@ -1,0 +1,96 @@
+"""Adjust a transformers config before its model is built: fewer layers, no cache, sizes the class leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fusionpass.targets.types import TargetError
+
+LAYER_COUNTS = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+)
+
+# Sizes without which a config class cannot build its own default model. Any consistent values do: they size the
+# attention that picks tokens, and the width of the shared expert.
+COMPLETIONS = {
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 256,
+        "indexer_compress_ratio": 16,
+    },
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 768},
+}
+
+
+def parts(config: Any) -> Iterator[Any]:
+    """`config` and the configs nested in it."""
+    yield config
+    for name in getattr(config, "sub_configs", None) or {}:
+        nested = getattr(config, name, None)
+        if nested is not None:
+            yield from parts(nested)
+
+
+def text_part(config: Any) -> Any:
+    """The config of the text decoder: `config` itself unless it nests one."""
+    nested = getattr(config, "text_config", None)
+    return nested if nested is not None else config
+
+
+def complete(config: Any) -> tuple[str, ...]:
+    """Fill sizes the config class leaves open; returns a sentence for each config that needed it."""
+    notes = []
+    for part in parts(config):
+        missing = {
+            name: value
+            for name, value in COMPLETIONS.get(getattr(part, "model_type", ""), {}).items()
+            if getattr(part, name, None) is None
+        }
+        for name, value in missing.items():
+            setattr(part, name, value)
+        if missing:
+            values = ", ".join(f"{name}={value}" for name, value in missing.items())
+            notes.append(f"the config of {part.model_type} leaves sizes open; built with {values}")
+    return tuple(notes)
+
+
+def cut_layers(config: Any, layers: int, target: str, hint: str = "") -> None:
+    """Keep the first `layers` layers, and the first `layers` entries of every per-layer list.
+
+    The first layers keep the pattern of layer types. Lists are recognised by their length, so that `layer_types`,
+    `no_rope_layers`, `mlp_layer_types` and those to come are all cut.
+    """
+    part = text_part(config)
+    counts = {name: getattr(part, name) for name in LAYER_COUNTS if isinstance(getattr(part, name, None), int)}
+    if not counts:
+        raise TargetError(
+            f"--layers {layers} was given and the config of {target!r} has no layer count: leave it out{hint}"
+        )
+    most = max(counts.values())
+    if layers > most:
+        raise TargetError(f"--layers {layers} was given and {target!r} has {most}: --layers only cuts")
+    for name, value in list(vars(part).items()):
+        if isinstance(value, (list, tuple)) and len(value) == most:
+            setattr(part, name, value[:layers])
+    if isinstance(getattr(part, "num_kv_shared_layers", None), int):  # the last layers, which read others' keys
+        part.num_kv_shared_layers = max(0, layers - (most - part.num_kv_shared_layers))
+    for name, count in counts.items():
+        try:
+            setattr(part, name, min(count, layers))
+        except NotImplementedError:  # a sum of encoder and decoder layers, read only; those are cut themselves
+            continue
+
+
+def without_cache(config: Any) -> None:
+    """One forward over a prompt: no key-value cache in the graph."""
+    for part in parts(config):
+        if hasattr(part, "use_cache"):
+            part.use_cache = False

@@ -1,0 +1,169 @@
+"""Random programs around the formula behave as eager does: values, dtypes, shapes, strides, aliasing, mutated inputs,
+gradients. Each program is source text, so that a failing one prints as something to run.
+
+More than the default number: `FUSIONPASS_FUZZ=2000 pytest tests/test_fuzz.py`.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from programs import operands
+
+import fusionpass
+
+EXAMPLES = int(os.environ.get("FUSIONPASS_FUZZ", "120"))
+SETTINGS = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 120, suppress_health_check=list(HealthCheck)
+)
+
+# {w}, {v}: tensors of [4, 6]; {n}: of [4, 1]; W: the gate's weight [1, 6]
+PURE_WIDE = (
+    "{w} * 2",
+    "{w} + {v}",
+    "{w} * {v}",
+    "torch.tanh({w})",
+    "{w}.t().contiguous().t()",
+    "{w}.clone()",
+    "{w}.reshape(-1).reshape(4, 6)",
+    "{w}.to({w}.dtype)",
+    "{w}[:, :]",
+    "{n}.expand(4, 6)",
+    "torch.sigmoid({n}) * {w}",
+    "{w} * torch.sigmoid({v})",
+    "(torch.sigmoid({n}) * {w}).to({w}.dtype)",
+)
+PURE_NARROW = (
+    "{n} * 2",
+    "{w}[:, :1]",
+    "{w}.sum(1, keepdim=True)",
+    "F.linear({w}, W)",
+    "({w} @ W[0]).unsqueeze(-1)",
+    "torch.sigmoid({n})",
+    "{n}.view(2, 2, 1).reshape(4, 1)",
+)
+FORMULAS = (
+    "{w} + torch.sigmoid({n}) * {v}",
+    "{v} * F.sigmoid({n}) + {w}",
+    "{w}.add({v}.mul({n}.sigmoid()))",
+    "torch.addcmul({w}, torch.sigmoid({n}), {v})",
+    "torch.add({w}, torch.sigmoid({n}) * {v}, alpha=2)",
+    "{w} + torch.sigmoid(F.linear({v}, W)) * {v}",
+    "{w} + torch.sigmoid({v}) * {w}",
+    "torch.sigmoid({n}) * {w} + torch.sigmoid({w}) * {v}",
+    "{w} + {n} * {v}",
+    "{w} + {v}",
+)
+WRITES = (
+    "{w}.mul_(0.5)",
+    "{w} += {v}",
+    "{w}[0] = 0",
+    "{w}[:, ::2].add_(1)",
+    "{n}.add_(1)",
+    "{w}.zero_()",
+    "torch.mul({v}, 2, out={w})",
+    "{w} += torch.sigmoid({n}) * {v}",
+    "{w}.add_({v} * torch.sigmoid({n}))",
+    "{w} *= torch.sigmoid({n})",
+    "{n}.sigmoid_()",
+    "{w}.t_(); {w}.t_()",
+    "{w}.copy_({v})",
+)
+
+
+SPLIT = ("s{i} = torch.sigmoid({n})", "m{i} = s{i} * {v}", "t{i} = {w} + m{i}")
+SPLIT_PROJECTED = ("l{i} = F.linear({v}, W)", "s{i} = torch.sigmoid(l{i})", "m{i} = s{i} * {w}", "t{i} = {w} + m{i}")
+
+
+@st.composite
+def programs(draw, writes: bool) -> str:
+    wide, narrow, lines = ["a", "b"], ["g"], []
+    for index in range(draw(st.integers(2, 9))):
+        kinds = ["wide", "narrow", "formula", "split"] + (["write", "write"] if writes else [])
+        kind = draw(st.sampled_from(kinds))
+        names = {
+            "w": draw(st.sampled_from(wide)),
+            "v": draw(st.sampled_from(wide)),
+            "n": draw(st.sampled_from(narrow)),
+        }
+        if kind == "write":
+            lines.append(draw(st.sampled_from(WRITES)).format(**names))
+            continue
+        if kind == "split":  # the formula line by line, with writes to its own operands in between
+            for step in draw(st.sampled_from((SPLIT, SPLIT_PROJECTED))):
+                lines.append(step.format(i=index, **names))
+                if writes and draw(st.booleans()):
+                    lines.append(draw(st.sampled_from(WRITES)).format(**names))
+            wide.append(f"t{index}")
+            continue
+        source = {"wide": PURE_WIDE, "narrow": PURE_NARROW, "formula": FORMULAS}[kind]
+        (narrow if kind == "narrow" else wide).append(f"t{index}")
+        lines.append(f"t{index} = " + draw(st.sampled_from(source)).format(**names))
+    results = draw(st.lists(st.sampled_from(wide + narrow), min_size=1, max_size=3))
+    body = "\n".join("    " + line for line in [*lines, f"return ({', '.join([wide[-1], *results])},)"])
+    return f"def program(a, b, g, W):\n{body}\n"
+
+
+def build(source: str):
+    scope = {"torch": torch, "F": F}
+    exec(source, scope)
+    return scope["program"]
+
+
+def inputs(requires_grad: bool = False) -> list[torch.Tensor]:
+    return [t.requires_grad_(requires_grad) for t in operands((4, 6), (4, 6), (4, 1), (1, 6), dtype=torch.float32)]
+
+
+def aliasing(tensors: list[torch.Tensor]) -> list[list[bool]]:
+    keys = [t.untyped_storage().data_ptr() for t in tensors]
+    return [[x == y for y in keys] for x in keys]
+
+
+def run(function, args):
+    """What a call gives, or how it raises: eager refuses some programs (`+=` on an expanded tensor), and so must we."""
+    try:
+        return list(function(*args))
+    except RuntimeError:
+        return None
+
+
+def assert_same(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    for x, y in zip(got, want, strict=True):
+        assert (x.shape, x.dtype, x.stride()) == (y.shape, y.dtype, y.stride())
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@SETTINGS
+@given(programs(writes=True))
+def test_with_writes(source):
+    note(source)
+    torch._dynamo.reset()
+    program = build(source)
+    eager_args, fused_args = inputs(), inputs()
+    with torch.no_grad():
+        want = run(program, eager_args)
+        if want is None:
+            return
+        got = run(fusionpass.fuse(program), fused_args)
+    assert_same(got, want)
+    assert_same(fused_args, eager_args)
+    assert aliasing(got + fused_args) == aliasing(want + eager_args)
+
+
+@SETTINGS
+@given(programs(writes=False))
+def test_gradients(source):
+    note(source)
+    torch._dynamo.reset()
+    program = build(source)
+    eager_args, fused_args = inputs(True), inputs(True)
+    want, got = run(program, eager_args), run(fusionpass.fuse(program), fused_args)
+    assert_same([t.detach() for t in got], [t.detach() for t in want])
+    for outputs in (want, got):
+        sum(t.square().sum() for t in outputs).backward()
+    for x, y in zip(fused_args, eager_args, strict=True):
+        assert (x.grad is None) == (y.grad is None)
+        if y.grad is not None:
+            torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-4)
