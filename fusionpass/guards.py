@@ -16,6 +16,7 @@ from fusionpass.tensors import (
     same_sizes,
     shape_text,
     tensor_of,
+    value_of,
 )
 from fusionpass.verify import same_result
 
@@ -57,6 +58,9 @@ def operands(site: Site) -> tuple[tuple[str, torch.fx.Node], ...]:
 def recorded(site: Site, effects: Effects) -> Refusal | None:
     for name, node in (*operands(site), ("the sum", site.add)):
         if tensor_of(node) is None:
+            value = value_of(node)
+            if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+                return Refusal("scalar-operand", "{} of {} is the number {}, not a tensor", name, site.add, node)
             return Refusal("no-metadata", "{} ({}) has no recorded tensor", name, node)
     return None
 

@@ -325,6 +325,17 @@ def test_gate_projection(function, code, tracer):
     torch.testing.assert_close(got, expected)
 
 
+def test_a_number_that_dynamo_keeps_symbolic_is_a_scalar_operand():
+    reports = []
+
+    def backend(graph_module, example_inputs):
+        reports.append(fusionpass.rewrite(graph_module).report)
+        return graph_module
+
+    torch.compile(lambda b, eps: eps + S(b) * b, backend=backend, dynamic=True)(operands((4, 8))[0], 1e-4)
+    assert [miss.code for miss in reports[0].misses] == ["scalar-operand"]
+
+
 def test_module_linear_under_symbolic_trace():
     """symbolic_trace leaves nn.Linear a module call: its weight is read through a get_attr of our own."""
 
