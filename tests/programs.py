@@ -15,7 +15,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Two runs of a model that differ in the rounding of one formula also round everything after it anew, so the ratio of
 # their errors scatters around 1: over 3 families x 3 experts x 2 dtypes x 2 seeds it was 0.92 to 1.04 for outputs and
-# 0.84 to 1.13 for gradients. That the formula itself is no less exact than eager's is `test_models.test_the_site_itself`'s to hold.
+# 0.84 to 1.13 for gradients. That the formula itself is no less exact than eager's is held by
+# `test_models.test_the_site_itself`.
 SCATTER = 1.25
 
 

@@ -1,0 +1,138 @@
+"""The formulas in ATen: what the ops compute on a CPU, their gradients, and a differentiable form of each.
+
+numerics "fp32"   every intermediate in fp32, one rounding to the dtype at the end
+numerics "eager"  the unfused expression: sigmoid, product and sum each rounded to the dtype
+
+Mixed operands are promoted by ATen itself, so `fp32 * bf16` below is an fp32 product without a cast copy.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .layout import contiguous_strides, sum_strides
+
+
+def gated_add_expression(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> Tensor:
+    """a + sigmoid(gate) * b from differentiable ops, for autograd transforms that need more than one derivative rule."""
+    if numerics == "eager":
+        return a + torch.sigmoid(gate) * b
+    return (a.float() + torch.sigmoid(gate.float()) * b.float()).to(a.dtype)
+
+
+def gate_projected_add_expression(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a + sigmoid(x . weight + bias) * b from differentiable ops, in fp32."""
+    logit = linear(x.float(), weight.reshape(1, -1).float(), None if bias is None else bias.reshape(1).float())
+    gate = logit.reshape(*a.shape[:-1], 1)
+    return (a.float() + torch.sigmoid(gate) * b.float()).to(a.dtype)
+
+
+def empty_sum(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    """Unwritten memory with the shape, dtype and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a."""
+    if a.is_contiguous():
+        return torch.empty_like(a, memory_format=torch.contiguous_format)
+    strides = sum_strides(a.shape, a.stride(), gate.shape, gate.stride(), b.stride())
+    return torch.empty_strided(a.shape, strides, dtype=a.dtype, device=a.device)
+
+
+def empty_row_gated_sum(a: Tensor, b: Tensor) -> Tensor:
+    """As `empty_sum`, for a contiguous gate of one element per row."""
+    if a.is_contiguous():
+        return torch.empty_like(a, memory_format=torch.contiguous_format)
+    rows = (*a.shape[:-1], 1)
+    strides = sum_strides(a.shape, a.stride(), rows, contiguous_strides(rows), b.stride())
+    return torch.empty_strided(a.shape, strides, dtype=a.dtype, device=a.device)
+
+
+def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> Tensor:
+    """a + sigmoid(gate) * b, a new tensor."""
+    if numerics == "eager":
+        return a + torch.sigmoid(gate) * b
+    y = empty_sum(a, gate, b)
+    gated_add_into(y, a, gate, b)
+    return y
+
+
+def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a + sigmoid(x . weight + bias) * b, a new tensor."""
+    y = empty_row_gated_sum(a, b)
+    gate_projected_add_into(y, x, weight, bias, a, b)
+    return y
+
+
+def gated_add_into(out: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> None:
+    """Write a + sigmoid(gate) * b into `out`, of any strides; `out` may be `a`, `b` or a full-size `gate` itself."""
+    if numerics == "fp32":
+        gate = gate.float()
+    torch.add(a, torch.sigmoid(gate) * b, out=out)
+
+
+def gate_projected_add_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
+    """Write a + sigmoid(x . weight + bias) * b into `out`, of any strides."""
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    logit = torch.mv(rows.float(), weight.reshape(-1).float())
+    if bias is not None:
+        logit = logit + bias.reshape(1)
+    gate = logit.reshape(*a.shape[:-1], 1)
+    torch.add(a, torch.sigmoid(gate) * b, out=out)
+
+
+def gated_add_gradients(
+    dy: Tensor, gate: Tensor | None, b: Tensor | None, numerics: str, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(da, dgate, db) of gated_add; None where `needs` says so. Only dgate reads b, only dgate and db read the gate.
+
+    da = dy;  dgate = sum over broadcast dims(dy * b) * s * (1 - s);  db = dy * s;  s = sigmoid(gate)
+    """
+    need_a, need_gate, need_b = needs
+    if not (need_gate or need_b):
+        return dy if need_a else None, None, None
+    eager = numerics == "eager"
+    s = torch.sigmoid(gate if eager else gate.float())
+    dgate = None
+    if need_gate:
+        ds = ((dy if eager else dy.float()) * b).sum_to_size(gate.shape)
+        dgate = torch.ops.aten.sigmoid_backward(ds, s).to(gate.dtype)
+    db = (dy * s).to(dy.dtype) if need_b else None
+    return dy if need_a else None, dgate, db
+
+
+def gate_projected_add_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    b: Tensor | None,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias, da, db) of gate_projected_add; None where `needs` says so. da alone reads no operand, and b
+    is read for the first three only.
+
+    da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x
+
+    The logit is recomputed in the dtype by the matrix product that the unfused graph would have run.
+    """
+    need_x, need_weight, need_bias, need_a, need_b = needs
+    da = dy if need_a else None
+    if not (need_x or need_weight or need_bias or need_b):
+        return None, None, None, da, None
+    row = weight.reshape(1, -1)
+    logit = linear(x, row, None if bias is None else bias.reshape(1))
+    s = torch.sigmoid(logit.reshape(*dy.shape[:-1], 1).float())
+    db = (dy * s).to(dy.dtype) if need_b else None
+    dx = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        ds = (dy.float() * b).sum(-1, keepdim=True)
+        dlogit = torch.ops.aten.sigmoid_backward(ds, s).reshape(*x.shape[:-1], 1)
+        if need_x:
+            dx = (dlogit * row).to(x.dtype)
+        if need_weight:
+            rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+            dweight = (dlogit.reshape(1, -1) @ rows.float()).to(weight.dtype).reshape(weight.shape)
+        if need_bias:
+            dbias = dlogit.sum().to(bias.dtype).reshape(bias.shape)
+    return dx, dweight, dbias, da, db

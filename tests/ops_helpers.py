@@ -1,0 +1,84 @@
+"""Layouts, operands and tolerances the op tests share."""
+
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+# How a tensor of a given shape is laid out: from a function that makes a dense one of any shape.
+Make = Callable[..., Tensor]
+LAYOUTS: dict[str, Callable[[Make, tuple[int, ...]], Tensor]] = {
+    "contiguous": lambda make, shape: make(shape),
+    "transposed": lambda make, shape: make(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "padded rows": lambda make, shape: make((*shape[:-1], shape[-1] + 5))[..., : shape[-1]],
+    "every second column": lambda make, shape: make((*shape[:-1], 2 * shape[-1]))[..., ::2],
+    "a half": lambda make, shape: make((*shape[:-1], 2 * shape[-1]))[..., shape[-1] :],
+    "every second row": lambda make, shape: make((2 * shape[0], *shape[1:]))[::2],
+    "one row, expanded": lambda make, shape: make((1, *shape[1:])).expand(shape),
+    "one column, expanded": lambda make, shape: make((*shape[:-1], 1)).expand(shape),
+    "one element, expanded": lambda make, shape: make((1,) * len(shape)).expand(shape),
+}
+
+
+def random_layout(rng: random.Random, make: Make, shape: tuple[int, ...], expand: bool = True) -> Tensor:
+    """A tensor of `shape` whose dims are permuted, sliced, padded and (if `expand`) broadcast at random."""
+    order = rng.sample(range(len(shape)), len(shape))
+    base, index = [], []
+    for dim in order:
+        n = shape[dim]
+        kind = rng.choice(["whole"] * 4 + ["step", "pad"] + ["expand"] * expand)
+        base.append({"whole": n, "step": 2 * n, "pad": n + 1, "expand": 1}[kind])
+        index.append({"step": slice(None, None, 2), "pad": slice(1, None)}.get(kind, slice(None)))
+    inverse = [order.index(dim) for dim in range(len(shape))]
+    return make(tuple(base))[tuple(index)].permute(inverse).expand(shape)
+
+
+def random_gate_shape(rng: random.Random, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Any shape of one dim or more that broadcasts to `shape`."""
+    kept = shape[rng.randrange(len(shape)) :]
+    return tuple(rng.choice([n, n, 1]) for n in kept)
+
+
+def significant(tensor: Tensor) -> list[int]:
+    """Strides of the dims that have more than one element; none at all of an empty tensor."""
+    return [s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1] if tensor.numel() else []
+
+
+def gated_expression(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    return a + torch.sigmoid(gate) * b
+
+
+def projected_expression(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    logit = torch.nn.functional.linear(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1))
+    return a + torch.sigmoid(logit.reshape(*a.shape[:-1], 1)) * b
+
+
+def doubled(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def assert_no_worse(y: Tensor, eager: Tensor, truth: Tensor, slack: float) -> None:
+    """The largest error is no larger than that of the eager expression, but for `slack`, what fp32 itself may add."""
+    if y.numel() == 0:
+        return
+    assert not y.isnan().any()
+    worst, allowed = ((t.double() - truth).abs().max().item() for t in (y, eager))
+    assert worst <= allowed + slack, f"error {worst:.3e}, eager's {allowed:.3e}, slack {slack:.1e}"
+
+
+def sum_slack(a: Tensor, b: Tensor) -> float:
+    """Two roundings of fp32 at the scale of the summands: how two correct fp32 sums may differ in their errors."""
+    return 2 * 2.0**-24 * (a.abs().max() + b.abs().max()).item() if a.numel() else 0.0
+
+
+def projected_slack(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> float:
+    """The same, and the orders in which K products are summed: 16 roundings at most for K up to 6000 in blocks of 1024
+    (6 in sequence, 10 in a tree) of at most |x|.|w|, through the sigmoid's largest slope, 1/4."""
+    if not (a.numel() and x.numel()):
+        return sum_slack(a, b)
+    products = (x.abs().double() @ weight.abs().double().reshape(-1)).max().item()
+    return sum_slack(a, b) + 16 * 2.0**-24 * products / 4 * b.abs().max().item()
