@@ -14,10 +14,10 @@ from fusionpass.report import Report
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Two runs of a model that differ in the rounding of one formula also round everything after it anew, so the ratio of
-# their errors scatters around 1: over 3 families x 3 experts x 2 dtypes x 2 seeds it was 0.92 to 1.04 for outputs and
-# 0.84 to 1.13 for gradients. That the formula itself is no less exact than eager's is held by
-# `test_models.test_the_site_itself`.
-SCATTER = 1.25
+# their errors scatters around 1. Over 48 runs in fp32 (2 families, 12 seeds) the gradients' ratio was 0.84 to 1.56, with
+# a geometric mean of 1.01. A lost bit anywhere would show as a factor of 2 and more; that the formula itself is no
+# less exact than eager's is held without slack by `test_models.test_the_site_itself`.
+SCATTER = 2.0
 
 
 def operands(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:

@@ -74,7 +74,8 @@ def test_nothing_changes(model_type, caplog):
     model, inputs = build(model_type)
     fused = fusionpass.fuse(copy.deepcopy(model))
     with torch.no_grad(), caplog.at_level(logging.WARNING), fusionpass.collect() as report:
-        expected = model(**inputs).logits
+        # Dynamo's own graph rounds otherwise than eager does in places (rotary tables on CUDA): its bits are the truth.
+        expected = torch.compile(model, backend="eager")(**inputs).logits
         got = fused(**inputs).logits
         again = fused(**inputs).logits
     assert report.graphs
