@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .launching import Launch
 from .layout import last_offset, row_offset, row_runs
 from .pointers import GRID_LIMIT, at, needs_int64, on_device_of
 
@@ -66,9 +67,8 @@ def gate_projected_add_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _plan(x_shape, x, w_col, shape, a, b, y):
-    """From sizes and strides: (strides as kernel arguments, is an index beyond 32 bits, the rows and the
-    offset of (x, a, b, y) of each launch)."""
+def _plan(x_shape, x, w_col, shape, a, b, y, has_bias, precise):
+    """From sizes and strides: (the launch, the rows and the offset of (x, a, b, y) of each launch)."""
     k, h = x_shape[-1], shape[-1]
     leads = (x_shape[:-1], x[:-1]), (shape[:-1], a[:-1]), (shape[:-1], b[:-1]), (shape[:-1], y[:-1])
     run, rows = row_runs(*leads)
@@ -84,7 +84,8 @@ def _plan(x_shape, x, w_col, shape, a, b, y):
         for first in range(0, run, GRID_LIMIT):
             count = min(run - first, GRID_LIMIT)
             launches.append((count, [row_offset(start + first, *lead) for lead in leads]))
-    return numbers, wide, launches
+    constants = (has_bias, wide, precise, INTERPRETED, k, h, BLOCK)
+    return Launch(gate_projected_add_kernel, (*numbers, *constants)), launches
 
 
 def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -92,12 +93,10 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
     if y.numel() == 0:
         return
     w_col = weight.stride(0) if weight.dim() == 1 or weight.shape[1] == 1 else weight.stride(1)
-    numbers, wide, launches = _plan(x.shape, x.stride(), w_col, a.shape, a.stride(), b.stride(), y.stride())
+    # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
+    variant = bias is not None, y.dtype == torch.float32
+    run, launches = _plan(x.shape, x.stride(), w_col, a.shape, a.stride(), b.stride(), y.stride(), *variant)
+    bias = weight if bias is None else bias
     with on_device_of(y):
         for rows, (of_x, of_a, of_b, of_y) in launches:
-            gate_projected_add_kernel[(rows,)](
-                at(x, of_x), weight, weight if bias is None else bias, at(a, of_a), at(b, of_b), at(y, of_y), *numbers,
-                HAS_BIAS=bias is not None, WIDE=wide, INTERPRETED=INTERPRETED, K=x.shape[-1], H=a.shape[-1], BLOCK=BLOCK,
-                # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
-                PRECISE=y.dtype == torch.float32,
-            )  # fmt: skip
+            run(rows, y.get_device(), at(x, of_x), weight, bias, at(a, of_a), at(b, of_b), at(y, of_y))

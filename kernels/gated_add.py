@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .launching import Launch
 from .layout import broadcast_strides, collapse, last_offset
 from .pointers import at, needs_int64, on_device_of
 
@@ -84,9 +85,8 @@ def gated_add_kernel(
 
 
 @lru_cache(maxsize=1024)
-def _plan(shape, a, gate_shape, gate, b, y):
-    """From sizes and strides: (elements per launch, loops, their sizes and strides as kernel arguments, is an index
-    beyond 32 bits, the offset of (a, gate, b, y) at each launch)."""
+def _plan(shape, a, gate_shape, gate, b, y, eager, precise):
+    """From sizes and strides: (blocks per launch, the launch, the offset of (a, gate, b, y) at each launch)."""
     strides = a, broadcast_strides(shape, gate_shape, gate), b, y
     sizes, strides = collapse(shape, *strides, order=y)
     if not sizes:
@@ -103,7 +103,13 @@ def _plan(shape, a, gate_shape, gate, b, y):
     numbers = ([1] * (LOOPS - dims) + sizes)[1:]
     for operand in strides:
         numbers += [0] * (LOOPS - dims) + operand
-    return numel, dims, numbers, wide, offsets
+    # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
+    launch = Launch(
+        gated_add_kernel,
+        (numel, *numbers, dims, wide, eager, precise, INTERPRETED, BLOCK),
+        enable_fp_fusion=not eager,
+    )
+    return triton.cdiv(numel, BLOCK), launch, offsets  # 2**31 - 1 blocks, the grid's limit, are 2**41 elements
 
 
 def launch(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> None:
@@ -111,15 +117,10 @@ def launch(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32"
     if y.numel() == 0:
         return
     eager = numerics == "eager"
-    numel, dims, numbers, wide, offsets = _plan(a.shape, a.stride(), gate.shape, gate.stride(), b.stride(), y.stride())
-    grid = (triton.cdiv(numel, BLOCK),)  # 2**31 - 1 blocks are 2**41 elements: no tensor reaches the grid limit
+    # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
+    precise = eager or y.dtype == torch.float32
+    strides = a.stride(), gate.shape, gate.stride(), b.stride(), y.stride()
+    blocks, run, offsets = _plan(a.shape, *strides, eager, precise)
     with on_device_of(y):
         for of_a, of_gate, of_b, of_y in offsets:
-            gated_add_kernel[grid](
-                at(a, of_a), at(gate, of_gate), at(b, of_b), at(y, of_y), numel, *numbers,
-                DIMS=dims, WIDE=wide, EAGER=eager, INTERPRETED=INTERPRETED, BLOCK=BLOCK,
-                # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
-                PRECISE=eager or y.dtype == torch.float32,
-                # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
-                enable_fp_fusion=not eager,
-            )  # fmt: skip
+            run(blocks, y.get_device(), at(a, of_a), at(gate, of_gate), at(b, of_b), at(y, of_y))

@@ -54,6 +54,15 @@ def fresh(args) -> list:
     return [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
+def unfused(model: Callable, *, dynamic: bool | None = None) -> Callable:
+    """The baseline of an error: the model as the pass would have left it.
+
+    On a CPU that is eager. On CUDA Dynamo's graph alone, with nothing rewritten, rounds otherwise than eager in places
+    (rotary tables): on an H100 its gradients' error was 0.71 to 1.68 of eager's over 16 draws, with the pass the same.
+    """
+    return model if DEVICE == "cpu" else torch.compile(model, backend="eager", dynamic=dynamic)
+
+
 def relative_error(got: list[torch.Tensor], truth: list[torch.Tensor]) -> float:
     """Root mean square of the differences over that of the truth."""
     difference = sum((g.double() - t).square().sum() for g, t in zip(got, truth, strict=True))

@@ -396,3 +396,22 @@ def test_numerics_fp32_rounds_once():
     once = gated_expression(*doubled(a, gate, b)).float().to(torch.bfloat16)
     for implementation in GATED.values():
         assert (implementation(a, gate, b) != once).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_layout_at_other_addresses(dtype):
+    """A launch reused for equal sizes and strides must not reuse what was compiled for another alignment or dtype."""
+    rows, width = 4, 32
+    near = dict(rtol=0.05, atol=0.05)  # a wrong address shows in the first digit; exactness is held elsewhere
+    for start in (0, 1, 8, 1, 0):  # in elements: aligned to 16 bytes or not
+        parts = []
+        for seed in range(3):
+            buffer = torch.randn(start + rows * width, generator=torch.Generator().manual_seed(seed))
+            parts.append(buffer.to(DEVICE, dtype)[start:].view(rows, width))
+        a, x, b = parts
+        gate, weight = x[:, :1].contiguous(), x[:1]
+        got = torch.ops.fusionpass.gated_add(a, gate, b)
+        torch.testing.assert_close(got, a + torch.sigmoid(gate) * b, **near)
+        got = torch.ops.fusionpass.gate_projected_add(x, weight, None, a, b)
+        expected = a + torch.sigmoid(torch.nn.functional.linear(x, weight)) * b
+        torch.testing.assert_close(got, expected, **near)
