@@ -67,6 +67,8 @@ def recorded(site: Site, effects: Effects) -> Refusal | None:
 
 def product_read_once(site: Site, effects: Effects) -> Refusal | None:
     """The sigmoid may have other readers, and then stays; the product may not, or it would be computed twice."""
+    if site.a in site.handed_on:
+        return Refusal("multi-use", "{} adds {} to itself", site.add, site.a)
     for part in site.handed_on:
         if len(part.users) != 1:
             readers = ", ".join(sorted(user.name for user in part.users))

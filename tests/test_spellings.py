@@ -1,6 +1,8 @@
 """Every spelling of the formula is rewritten, whatever traces it; every near miss is refused with its own code."""
 
 import operator
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from programs import abg, captured, fresh, operands, through_export, through_make_fx
 
 import fusionpass
+from fusionpass.catalog import RULES
 
 S = torch.sigmoid
 
@@ -209,6 +212,7 @@ REFUSES = {
     "scalar a": (lambda a, b, g: 1e-3 + S(g) * b, "scalar-operand"),
     "scalar b": (lambda a, b, g: a + 16 * S(b), "scalar-operand"),
     "product read twice": (_product_read_twice, "multi-use"),
+    "product added to itself": (lambda a, b, g: (m := S(g) * b) + m, "multi-use"),
     "view between": (lambda a, b, g: a.view(-1) + (S(g) * b).flatten(), "view-between"),
     "cast of the product": (lambda a, b, g: a.double() + (S(g) * b).double(), "cast-between"),
     "cast of the sigmoid": (lambda a, b, g: a + S(g).double() * b, "cast-between"),
@@ -282,6 +286,11 @@ PROJECTIONS = {
     "not a projection": (lambda x, w, c, a, b: a + S(x[:, :1]) * b, "not-a-projection"),
     "logit read twice": (lambda x, w, c, a, b: ((g := F.linear(x, w)), a + S(g) * b), "gate-used-elsewhere"),
     "sigmoid read twice": (lambda x, w, c, a, b: ((s := S(F.linear(x, w))), a + s * b), "gate-used-elsewhere"),
+    "batched matmul": (
+        lambda x, w, c, a, b: a[:1].unsqueeze(0) + S(x[:1].unsqueeze(0) @ w.t().unsqueeze(0)) * b[:1].unsqueeze(0),
+        "gate-columns",
+    ),
+    "b is the sigmoid": (lambda x, w, c, a, b: a[:, :1] + (s := S(F.linear(x, w))) * s, "gate-used-elsewhere"),
     "addmm scaled": (lambda x, w, c, a, b: a + S(torch.addmm(c, x, w.t(), alpha=2)) * b, "scaled"),
     "x written": (lambda x, w, c, a, b: _x_written(x, w, a, b), "mutation-between"),
     "no_grad projection": (lambda x, w, c, a, b: _no_grad_projection(x, w, a, b), "state-change-between"),
@@ -301,9 +310,14 @@ def _no_grad_projection(x, w, a, b):
     return a + S(g) * b
 
 
-@pytest.mark.parametrize(("function", "code"), PROJECTIONS.values(), ids=PROJECTIONS)
+# make_fx records no grad mode, and a batched matmul as bmm.
+UNDER_MAKE_FX = {"no_grad projection": None, "batched matmul": "not-a-projection"}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
 @pytest.mark.parametrize("tracer", ["dynamo", "make_fx"])
-def test_gate_projection(function, code, tracer):
+def test_gate_projection(name, tracer):
+    function, code = PROJECTIONS[name]
     args = operands((4, 6), (1, 6), (1,), (4, 8), (4, 8))
     expected = function(*args)
     if tracer == "dynamo":
@@ -312,8 +326,7 @@ def test_gate_projection(function, code, tracer):
     else:
         graph_module, report = through_make_fx(function, *args)
         got = graph_module(*args)
-        if code == "state-change-between":  # make_fx records no grad mode
-            code = None
+        code = UNDER_MAKE_FX.get(name, code)
     (site,) = report.rewrites
     if code is None:
         assert site.stages == ["gate_projection", "gated_add"]
@@ -382,3 +395,15 @@ def test_rules_option_limits_the_stages():
     assert [r.stages for r in report.rewrites] == [["gated_add"]]
     report = captured(lambda: a + S(F.linear(x, w)) * b, numerics="eager")
     assert [stop["code"] for stop in report.rewrites[0].stopped] == ["numerics-eager"]
+
+
+def test_every_code_is_documented():
+    """`fusionpass rules` lists each code that a refusal anywhere in the package can carry, and no other."""
+    package = Path(fusionpass.__file__).parent
+    used = {
+        code
+        for path in package.rglob("*.py")
+        for code in re.findall(r"""Refusal\(\s*"([a-z0-9-]+)\"""", path.read_text())
+    }
+    used |= {"view-between", "cast-between"}  # chosen between in one place
+    assert used == {code for rule in RULES for code in rule.codes}

@@ -28,6 +28,7 @@ INFO = RuleInfo(
         "numerics 'fp32': in 'eager' the projection's own reduction order stays",
     ),
     codes={
+        "not-allowed": "the option 'rules' leaves the stage out",
         "not-a-projection": "the gate logit is computed by something else",
         "gate-used-elsewhere": "the logit or the sigmoid has other readers, so the projection must stay",
         "gate-columns": "the projection has more than one column, or the gate is not one value per row",
@@ -63,7 +64,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     for part, reader in zip(parts, [*parts[1:], site.sigmoid], strict=True):
         if list(part.users) != [reader]:
             return Refusal("gate-used-elsewhere", "{} has {} users", part, len(part.users))
-    if len(site.sigmoid.users) != 1:
+    if len(site.sigmoid.users) != 1 or site.sigmoid is site.b:
         return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(site.sigmoid.users))
     found = _as_projection(meaning)
     refusal = _shapes(site, found, words) or _safety(site, found, projection, effects) or same_result(site, found)
@@ -102,7 +103,7 @@ def _shapes(site: Site, found: Projection, words: Vocabulary) -> Refusal | None:
         return Refusal("no-metadata", "x, weight or bias of {} has no recorded tensor", site.gate)
     if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
         return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
-    if x.dim() == 0 or not known_equal(weight.numel(), x.shape[-1]):
+    if x.dim() == 0 or weight.dim() not in (1, 2) or not known_equal(weight.numel(), x.shape[-1]):
         return Refusal("gate-columns", "x is {}, the weight {}", shape_text(x), shape_text(weight))
     if bias is not None and not known_equal(bias.numel(), 1):
         return Refusal("gate-columns", "the bias is {}, not one number", shape_text(bias))
