@@ -14,7 +14,7 @@ from fusionpass.options import Options
 from fusionpass.report import Report
 
 
-def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Report]:
+def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
     """What the pass would do to `model`: `explain(model)(*args, **kwargs)` returns a `Report`.
 
     As `torch._dynamo.explain` does, it drops what Dynamo has compiled so far (also of other models), since a cached graph

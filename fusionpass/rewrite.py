@@ -24,7 +24,7 @@ class Rewritten(NamedTuple):
 
 
 def rewrite(
-    graph: GraphModule | ExportedProgram, example_inputs: Sequence[Any] | None = None, /, **options: Any
+    graph: GraphModule | ExportedProgram, example_inputs: Sequence[Any] | None = None, **options: Any
 ) -> Rewritten:
     """Swap every a + sigmoid(gate) * b of `graph` for one op, in a copy that shares its parameters.
 

@@ -25,7 +25,7 @@ def test_the_graph_given_stays_as_it_is():
     block, (x,) = Block().to(DEVICE), operands((4, 8))
     given = torch.fx.symbolic_trace(block)
     code, nodes, meta = given.code, [n.name for n in given.graph.nodes], [dict(n.meta) for n in given.graph.nodes]
-    after, report = fusionpass.rewrite(given, [x])
+    after, report = fusionpass.rewrite(given, example_inputs=[x])
     assert len(report.rewrites) == 1 and after is not given
     assert (given.code, [n.name for n in given.graph.nodes]) == (code, nodes)
     assert [dict(n.meta) for n in given.graph.nodes] == meta
