@@ -2,7 +2,7 @@
 
     fusionpass::gated_add            y = a + sigmoid(gate) * b
     fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b
-    fusionpass::gated_add_out        the first, written into a given tensor; behind `gated_add(..., out=)`
+    fusionpass::_gated_add_out       the first, written into a given tensor; behind `gated_add(..., out=)`
 
 The first two are functional: a fresh result, no aliasing, no mutation. Its shape, dtype and strides are those of the
 eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands.
@@ -27,11 +27,14 @@ __all__ = ["gated_add"]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("fusionpass", "FRAGMENT")
-_library.define('gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32") -> Tensor')
-_library.define("gated_add_out(Tensor a, Tensor gate, Tensor b, Tensor(a!) out) -> ()")
-_library.define("gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> Tensor")
+for _schema in (
+    'gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32") -> Tensor',
+    "_gated_add_out(Tensor a, Tensor gate, Tensor b, Tensor(a!) out) -> ()",
+    "gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # held by opcheck in the tests
 _gated_add_op = torch.ops.fusionpass.gated_add.default
-_gated_add_out_op = torch.ops.fusionpass.gated_add_out.default
+_gated_add_out_op = torch.ops.fusionpass._gated_add_out.default
 _gate_projected_add_op = torch.ops.fusionpass.gate_projected_add.default
 
 
@@ -217,13 +220,13 @@ _IMPLEMENTATIONS = {
 _library.impl("gated_add", _gated_add_cpu, "CPU")
 _library.impl("gated_add", _gated_add_cuda, "CUDA")
 _library.impl("gated_add", _gated_add_autograd, "Autograd", with_keyset=True)
-_library.impl("gated_add_out", _gated_add_out_cpu, "CPU")
-_library.impl("gated_add_out", _gated_add_out_cuda, "CUDA")
+_library.impl("_gated_add_out", _gated_add_out_cpu, "CPU")
+_library.impl("_gated_add_out", _gated_add_out_cuda, "CUDA")
 _library.impl("gate_projected_add", _gate_projected_add_cpu, "CPU")
 _library.impl("gate_projected_add", _gate_projected_add_cuda, "CUDA")
 _library.impl("gate_projected_add", _gate_projected_add_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("fusionpass::gated_add", _gated_add_fake, lib=_library)
-torch.library.register_fake("fusionpass::gated_add_out", lambda a, gate, b, out: None, lib=_library)
+torch.library.register_fake("fusionpass::_gated_add_out", lambda a, gate, b, out: None, lib=_library)
 torch.library.register_fake("fusionpass::gate_projected_add", _gate_projected_add_fake, lib=_library)
 
 

@@ -70,7 +70,7 @@ def test_opcheck_gate_projected_add(implementation, name, requires_grad):
 
 def test_opcheck_out(implementation):
     a, gate, b = gated_operands()
-    opcheck(torch.ops.fusionpass.gated_add_out.default, (a, gate, b, torch.empty_like(a)))
+    opcheck(torch.ops.fusionpass._gated_add_out.default, (a, gate, b, torch.empty_like(a)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -599,7 +599,7 @@ def test_make_fx_records_the_ops():
     a, gate, b = gated_operands()
     graph = make_fx(lambda a, gate, b: ops.gated_add(a, gate, b, out=torch.empty_like(a)))(a, gate, b)
     targets = [node.target for node in graph.graph.nodes]
-    assert torch.ops.fusionpass.gated_add_out.default in targets
+    assert torch.ops.fusionpass._gated_add_out.default in targets
     assert torch.equal(graph(a, gate, b), ops.gated_add(a, gate, b))
 
 
