@@ -281,7 +281,12 @@ PROJECTIONS = {
         None,
     ),
     "x is 3-d, a is 2-d": (lambda x, w, c, a, b: a + S(F.linear(x.view(2, 2, 6), w).reshape(4, 1)) * b, None),
+    "all by keyword": (lambda x, w, c, a, b: a + S(input=F.linear(input=x, weight=w, bias=c)) * b, None),
     # the core is rewritten and the projection stays
+    "reshape by keyword": (
+        lambda x, w, c, a, b: a + S(torch.reshape(input=F.linear(x, w), shape=(4, 1))) * b,
+        "not-a-projection",
+    ),
     "many columns": (lambda x, w, c, a, b: a + S(F.linear(x, w.expand(8, 6))) * b, "gate-columns"),
     "not a projection": (lambda x, w, c, a, b: a + S(x[:, :1]) * b, "not-a-projection"),
     "logit read twice": (lambda x, w, c, a, b: ((g := F.linear(x, w)), a + S(g) * b), "gate-used-elsewhere"),
@@ -310,8 +315,8 @@ def _no_grad_projection(x, w, a, b):
     return a + S(g) * b
 
 
-# make_fx records no grad mode, and a batched matmul as bmm.
-UNDER_MAKE_FX = {"no_grad projection": None, "batched matmul": "not-a-projection"}
+# make_fx records no grad mode, no keywords, and a batched matmul as bmm.
+UNDER_MAKE_FX = {"no_grad projection": None, "reshape by keyword": None, "batched matmul": "not-a-projection"}
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

@@ -78,7 +78,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
 def _behind_reshapes(site: Site) -> tuple[torch.fx.Node, list[torch.fx.Node]]:
     """The node that computes the logit, and the reshapes and no-op casts after it, nearest to the sigmoid first."""
     node, views = site.gate, []
-    while (is_reshape(node) or is_cast(node)) and isinstance(node.args[0], torch.fx.Node):
+    while (is_reshape(node) or is_cast(node)) and node.args and isinstance(node.args[0], torch.fx.Node):
         before, after = tensor_of(node.args[0]), tensor_of(node)
         if before is None or after is None or before.dtype != after.dtype:
             break
