@@ -47,6 +47,8 @@ def run(graph_module: GraphModule, options: Options, *, foreign: str = "") -> Ou
     """
     outcome = Outcome()
     _run(graph_module, options, outcome, foreign, set(), inside_functorch=False)
+    if not log.isEnabledFor(logging.INFO):
+        return outcome
     for miss in outcome.misses:
         log.info("%s: missed %s: %s [%s/%s]", miss.source, miss.node, miss.reason, miss.rule, miss.code)
     for rewrite in outcome.rewrites:

@@ -21,8 +21,9 @@ def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | 
         if words.operation(node) is None:
             continue
         kernels += 1
-        meaning = words.meaning(node)
-        moved = [bytes_of(words.tensor(operand)) for operand in meaning.operands if operand is not None]
+        moved = [bytes_of(tensor_of(operand)) for operand in node.all_input_nodes]
+        if node.op == "call_module":
+            moved += [bytes_of(parameter) for parameter in words.module(node).parameters()]
         moved.append(bytes_of(tensor_of(node)))
         total = None if total is None or None in moved else total + sum(moved)
     return kernels, total
