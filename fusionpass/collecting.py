@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusionpass.engine import Outcome
-from fusionpass.records import GraphBreak, GraphRecord, Miss, Rewrite
+from fusionpass.records import GraphBreak
 from fusionpass.report import Report
 
 
@@ -74,17 +74,9 @@ def record(
 
 
 def _add(active: Collector, outcome: Outcome, compiled: bool, graph_break: GraphBreak | None, code) -> list[Any]:
-    report, index = active.report, len(active.report.graphs)
-    before, after = code if code is not None and active.keep_code else (None, None)
-    graph = GraphRecord(index, outcome.nodes, len(outcome.rewrites), len(outcome.misses), 0, compiled, before, after)
-    rewrites: list[Rewrite] = [replace(r, graph=index) for r in outcome.rewrites]
-    misses: list[Miss] = [replace(m, graph=index) for m in outcome.misses]
-    report.graphs.append(graph)
-    report.rewrites += rewrites
-    report.misses += misses
     if graph_break is not None:
-        report.graph_breaks.append(graph_break)
-    return [graph, *rewrites, *misses]
+        active.report.graph_breaks.append(graph_break)
+    return active.report.add(outcome, compiled=compiled, code=code if active.keep_code else None)
 
 
 def counted(run: Callable[..., Any], ran: Callable[[], None] | None) -> Callable[..., Any]:

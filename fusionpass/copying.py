@@ -26,10 +26,20 @@ def editable(graph_module: GraphModule, memo: dict[int, GraphModule] | None = No
     new.training = graph_module.training  # not .train(), which would reach the shared submodules
     for name in _HOOKS:
         getattr(new, name).update(getattr(graph_module, name))
-    for name in {str(node.target) for node in new.graph.nodes if node.op in ("get_attr", "call_module")}:
-        parent, _, leaf = name.rpartition(".")
-        owner = new.get_submodule(parent)
-        child = getattr(owner, leaf)
-        if isinstance(child, GraphModule):
-            setattr(owner, leaf, editable(child, memo))
+    for path, child in child_graphs(new).items():
+        parent, _, leaf = path.rpartition(".")
+        setattr(new.get_submodule(parent), leaf, editable(child, memo))
     return new
+
+
+def child_graphs(graph_module: GraphModule) -> dict[str, GraphModule]:
+    """Child graphs by path, in the order of their first use: checkpointed bodies, branches of cond, nested regions."""
+    found = {}
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            value = graph_module
+            for name in str(node.target).split("."):
+                value = getattr(value, name, None)
+            if isinstance(value, GraphModule):
+                found[str(node.target)] = value
+    return found

@@ -25,7 +25,7 @@ class Effects:
     Rewriting keeps it valid: a new node takes the position of the add it replaces and writes nothing.
     """
 
-    def __init__(self, graph_module: GraphModule):
+    def __init__(self, graph_module: GraphModule, inside_functorch: bool = False):
         self._modules = dict(graph_module.named_modules())
         self._storages: dict[Node, frozenset[int]] = {}
         self._stands_for: dict[Node, Node] = {}  # a replacement -> the add whose place it took
@@ -37,7 +37,7 @@ class Effects:
         self._barriers: list[int] = []  # positions of writes to memory nobody can name
         self._states: list[int] = []
         self._reshaped: dict[int, Node] = {}  # storage -> the node that changed a tensor's shape or strides in place
-        self.has_functorch = False
+        self.has_functorch = inside_functorch  # of this graph or of one around it
         for index, node in enumerate(self._nodes):
             if node.op not in ("call_function", "call_method", "call_module"):
                 continue

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusionpass import ops  # noqa: F401  registers torch.ops.fusionpass
+from fusionpass.copying import child_graphs
 from fusionpass.effects import Effects
 from fusionpass.guards import judge
 from fusionpass.match import Refusal, Site
@@ -23,7 +24,6 @@ from fusionpass.stages import STAGES
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
 from fusionpass.traffic import fused_bytes, kernels_and_bytes
 from fusionpass.vocabulary import Vocabulary
-from fusionpass.writes import is_functorch_level
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,7 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
         readings = list(find(words, add))
         if not readings:
             continue
-        effects = effects or Effects(gm)
-        effects.has_functorch = effects.has_functorch or inside_functorch
+        effects = effects or Effects(gm, inside_functorch)
         site, refusal = _choose(readings, effects, foreign)
         if refusal is not None:
             outcome.misses.append(_miss(add, refusal))
@@ -78,9 +77,11 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
         _grow(site, words, effects, options)
         outcome.rewrites.append(_replace(gm, site, words, effects, options, outcome))
         changed = True
-    for child in _children(gm):
-        functorch = inside_functorch or (effects.has_functorch if effects else _has_functorch(gm))
-        _run(child, options, outcome, foreign, seen, functorch)
+    children = child_graphs(gm)
+    if children:  # asked once, not once per child: a model may have one per layer
+        effects = effects or Effects(gm, inside_functorch)
+    for child in children.values():
+        _run(child, options, outcome, foreign, seen, effects.has_functorch)
     if changed:
         gm.recompile()
 
@@ -138,23 +139,6 @@ def _replace(gm, site: Site, words: Vocabulary, effects: Effects, options: Optio
 
 def _miss(add: Node, refusal: Refusal) -> Miss:
     return Miss(add.name, "gated_add", refusal.code, refusal.reason, module_of(add), source_of(add), graph=0)
-
-
-def _children(gm: GraphModule) -> list[GraphModule]:
-    """Child graphs in the order the graph calls them: checkpointed bodies, branches of cond, nested regions."""
-    found = []
-    for node in gm.graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            child = gm
-            for name in str(node.target).split("."):
-                child = getattr(child, name, None)
-            if isinstance(child, GraphModule):
-                found.append(child)
-    return found
-
-
-def _has_functorch(gm: GraphModule) -> bool:
-    return any(is_functorch_level(node) for node in gm.graph.nodes)
 
 
 def foreign_type(values: Iterable[Any] | None) -> str:

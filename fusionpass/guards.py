@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from fusionpass.effects import Effects
+from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
 from fusionpass.tensors import (
     PLAIN_TYPES,
@@ -19,8 +20,6 @@ from fusionpass.tensors import (
     value_of,
 )
 from fusionpass.verify import same_result
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 CODES = {
     "view-between": "a view stands between the sigmoid, the product and the sum, so rows and gates no longer line up",

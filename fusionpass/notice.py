@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fusionpass.engine import Outcome
 from fusionpass.errors import NothingRewritten
 from fusionpass.options import Options
-from fusionpass.records import GraphRecord
 from fusionpass.report import Report
 
 log = logging.getLogger("fusionpass")
@@ -39,13 +38,13 @@ def after_graph(outcome: Outcome, options: Options, *, piece: bool) -> None:
         NothingRewritten: under `strict`, for a graph that is a whole model by itself.
     """
     if _owner.report is not None:
-        _owner.report.rewrites += outcome.rewrites
-        _owner.report.misses += outcome.misses
-        _owner.report.graphs.append(GraphRecord(len(_owner.report.graphs), outcome.nodes, 0, 0))
+        _owner.report.add(outcome, compiled=True)
         return
     if outcome.rewrites:
         return
-    message = Report(misses=outcome.misses, graphs=[GraphRecord(0, outcome.nodes, 0, 0)]).why_nothing()
+    report = Report()
+    report.add(outcome, compiled=True)
+    message = report.why_nothing()
     if not piece:
         nothing(message, options)
     elif message not in _said:
@@ -66,7 +65,7 @@ class Owned:
 
     run: Callable[..., Any]
     options: Options
-    rewritten: int = field(default=0)
+    rewritten: int = 0
     complaint: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

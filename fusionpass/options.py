@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-NUMERICS = ("fp32", "eager")
+from fusionpass.kernels.contract import NUMERICS
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.fx import Node
 from fusionpass.match import Refusal, Site
 from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
 from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_view
+from fusionpass.writes import call_name
 
 # How many views and casts a near miss may lie behind; real models have at most 3 (chunk, getitem, cast).
 REACH = 4
@@ -117,8 +118,7 @@ def is_identity(node: Node) -> bool:
         return False
     key = storage_key(before)
     return (
-        node.target not in ("detach", "clone")
-        and "detach" not in str(node.target)
+        call_name(node) != "detach"  # the same memory, but no gradient
         and key is not None
         and key == storage_key(after)
         and same_sizes(before.shape, after.shape)

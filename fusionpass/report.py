@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fusionpass._version import __version__
 from fusionpass.records import GraphBreak, GraphRecord, Miss, Rewrite
+
+if TYPE_CHECKING:
+    from fusionpass.engine import Outcome
 
 
 def count(number: int, noun: str) -> str:
@@ -44,6 +47,19 @@ class Report:
         A graph that nobody ran (it was given to `rewrite`) counts once.
         """
         return sum(r.calls if self.graphs[r.graph].compiled else 1 for r in self.rewrites)
+
+    def add(self, outcome: Outcome, *, compiled: bool, code: tuple[str, str] | None = None) -> list[Any]:
+        """Take in one graph, with copies of its records; returns the new records, the graph's own first."""
+        index = len(self.graphs)
+        before, after = code or (None, None)
+        counts = outcome.nodes, len(outcome.rewrites), len(outcome.misses)
+        graph = GraphRecord(index, *counts, 0, compiled, before, after)
+        rewrites = [replace(rewrite, graph=index) for rewrite in outcome.rewrites]
+        misses = [replace(miss, graph=index) for miss in outcome.misses]
+        self.graphs.append(graph)
+        self.rewrites += rewrites
+        self.misses += misses
+        return [graph, *rewrites, *misses]
 
     def top_reasons(self, most: int = 3) -> list[tuple[int, Miss]]:
         """The commonest miss codes, as (how many, an example), most frequent first."""

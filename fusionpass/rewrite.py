@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputSpec
 from torch.fx import GraphModule
 
 from fusionpass import collecting, notice
@@ -98,9 +100,11 @@ def _rewrite_exported(program: ExportedProgram, options: Options) -> tuple[Expor
     graph_module = editable(program.graph_module)
     outcome = run(graph_module, options)
     signature = program.graph_signature
-    for old, new in outcome.renamed.items():
-        if any(_names_output(spec, old) for spec in signature.output_specs):
-            signature = _with_output(signature, old, new)
+    if any(_output_name(spec) in outcome.renamed for spec in signature.output_specs):
+        signature = copy.deepcopy(signature)
+        for spec in signature.output_specs:
+            if _output_name(spec) in outcome.renamed:
+                spec.arg.name = outcome.renamed[_output_name(spec)]
     new_program = ExportedProgram(
         root=graph_module,
         graph=graph_module.graph,
@@ -115,15 +119,6 @@ def _rewrite_exported(program: ExportedProgram, options: Options) -> tuple[Expor
     return new_program, outcome
 
 
-def _names_output(spec: Any, name: str) -> bool:
-    return getattr(spec.arg, "name", None) == name
-
-
-def _with_output(signature: Any, old: str, new: str) -> Any:
-    import copy
-
-    renamed = copy.deepcopy(signature)
-    for spec in renamed.output_specs:
-        if _names_output(spec, old):
-            spec.arg.name = new
-    return renamed
+def _output_name(spec: OutputSpec) -> str | None:
+    """The node an output stands for, None for a constant."""
+    return getattr(spec.arg, "name", None)

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fusionpass.kernels.contract import listed
+
 # nn.Buffer is a Tensor by its type; UninitializedParameter and everything else brings rules of its own.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
@@ -65,7 +67,7 @@ def known_contiguous(tensor: torch.Tensor) -> bool:
 
 
 def shape_text(tensor: torch.Tensor) -> str:
-    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+    return listed(tensor.shape)
 
 
 def dtype_text(dtype: torch.dtype) -> str:

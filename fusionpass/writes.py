@@ -59,7 +59,7 @@ def changes_state(node: Node) -> bool:
     return (
         name in _STATE_CHANGES
         or name.startswith(("_enter_", "_exit_", "_push_", "_pop_"))
-        or name.endswith(_FUNCTORCH_LEVELS)
+        or is_functorch_level(node)
         or "stream" in name
         or name in ("record_event", "wait_event")
     )
