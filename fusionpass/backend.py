@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fusionpass import collecting, notice
+from fusionpass.direct import call_directly
 from fusionpass.engine import foreign_type, run
 from fusionpass.options import Options
 from fusionpass.records import GraphBreak
@@ -62,6 +63,8 @@ def compile_graph(
     graph_break = _graph_break(graph_module)
     ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
     notice.after_graph(outcome, options, piece=graph_break is not None or _resumes(graph_module))
+    if options.inner == "eager" and outcome.rewrites:
+        call_directly(graph_module)
     try:
         compiled = inner(graph_module, example_inputs)
     except Exception as error:

@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from ops_helpers import DEVICE, DTYPES, LAYOUTS, gated_expression, projected_expression
 from torch.library import opcheck
 
-from fusionpass import ops
+from fusionpass import implementations, ops
 
 gated_add_op = torch.ops.fusionpass.gated_add.default
 projected_op = torch.ops.fusionpass.gate_projected_add.default
@@ -24,7 +24,7 @@ def implementation(request, monkeypatch):
     """On a CPU: the Triton kernels under the interpreter, or the ATen implementation. On CUDA there is one."""
     if DEVICE == "cuda" and request.param == "aten":
         monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
-    monkeypatch.setattr(ops, "_interpreted", lambda: request.param == "kernel")
+    monkeypatch.setattr(implementations, "interpreted", lambda: request.param == "kernel")
 
 
 def normal(dtype=torch.float32, seed=0, requires_grad=False):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fusionpass._version import __version__
+from fusionpass.cli import bench_arguments
 
 DESCRIPTION = """\
 Find a + sigmoid(g) * b, the shared-expert combine of Mixture-of-Experts models, in a model's graph, swap it for one
@@ -21,10 +22,12 @@ examples:
       your own module, with the graph's code before and after
   fusionpass report ./checkpoint --layers 4 --expect 4 --format json -o report.json
       a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, which holds the count in CI
+  fusionpass bench --op gate_projected_add --tokens 1,32 --hidden 4096
+      GPU and CPU time of an op beside eager and torch.compile, on a machine with a CUDA GPU
 
 exit codes:
   0  fine
-  1  expectation not met: --expect N and another count, --strict and nothing rewritten
+  1  expectation not met: --expect N and another count, --strict and nothing rewritten, --check and a worse ratio
   2  bad input, told in one line on standard error
 """
 
@@ -84,6 +87,14 @@ def parser() -> argparse.ArgumentParser:
         **raw,
     )
     rules.add_argument("--format", choices=("table", "json", "markdown"), default="table", help="default: table")
+    bench = commands.add_parser(
+        "bench",
+        help="measure the ops on a CUDA GPU against eager and torch.compile",
+        description=bench_arguments.DESCRIPTION,
+        epilog=bench_arguments.EPILOG,
+        **raw,
+    )
+    bench_arguments.add_bench(bench)
     return top
 
 
@@ -174,11 +185,15 @@ def _run(arguments: argparse.Namespace) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal of another encoding shows what it lacks as \\x escapes
             stream.reconfigure(errors="backslashreplace")
     if arguments.command == "rules":
-        from fusionpass.cli.report import print_out
+        from fusionpass.cli.files import print_out
         from fusionpass.cli.rules import rules_text
 
         print_out(rules_text(arguments.format))
         return 0
+    if arguments.command == "bench":
+        from fusionpass.cli.bench import bench_command
+
+        return bench_command(arguments)
     from fusionpass.cli.report import report_command
 
     return report_command(arguments)

@@ -1,4 +1,4 @@
-"""One line on a terminal that says what a long capture is at; nothing anywhere else."""
+"""One line on a terminal that says what a long command is at; nothing anywhere else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TextIO
 
 PERIOD_S = 0.2
 PATIENCE_S = 1.0  # a command done before this shows nothing
+BAR = 20  # characters
 
 
 class Progress:
@@ -19,12 +20,18 @@ class Progress:
     def __init__(self, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream
         self._stage = ""
+        self._bar = ""
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._shown = 0
 
     def stage(self, text: str) -> None:
         self._stage = text
+
+    def fraction(self, done: int, total: int) -> None:
+        """Show a bar beside the stage: `done` of `total` steps are behind."""
+        filled = BAR * done // total
+        self._bar = f" [{'#' * filled}{'.' * (BAR - filled)}] {done}/{total}"
 
     def __enter__(self) -> Progress:
         if self._stream is not None and self._stream.isatty():
@@ -43,7 +50,8 @@ class Progress:
         while not self._done.wait(PERIOD_S):
             elapsed = time.monotonic() - start
             if elapsed >= PATIENCE_S:
-                self._show(f"{self._stage}{_graphs_so_far() if self._stage == 'capturing' else ''} ... {elapsed:.0f} s")
+                graphs = _graphs_so_far() if self._stage == "capturing" else ""
+                self._show(f"{self._stage}{graphs} ...{self._bar} {elapsed:.0f} s")
 
     def _show(self, text: str) -> None:
         text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be erased

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from fusionpass.cli.diff import appended
+from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import TRACEBACK, quiet
 from fusionpass.render import summary
@@ -25,7 +25,7 @@ def report_command(arguments: argparse.Namespace) -> int:
     """
     output = None if arguments.output in (None, "-") else Path(arguments.output)
     if output is not None:
-        _ensure_writable(output)
+        ensure_writable(output, "-o")
     style = arguments.format or SUFFIXES.get(output.suffix.lower() if output else "", "table")
     with Progress() as progress, quiet():
         options = _options(arguments)
@@ -40,7 +40,7 @@ def report_command(arguments: argparse.Namespace) -> int:
     if output is None:
         print_out(text)
     else:
-        _write(output, text)
+        write(output, text, "-o")
         print(f"{output}: {summary(report)}", file=sys.stderr)
     return _judged(report, arguments)
 
@@ -126,30 +126,3 @@ def _judged(report: Report, arguments: argparse.Namespace) -> int:
         return 0
     print(f"fusionpass report {arguments.target}: {' '.join(line.split())}", file=sys.stderr)
     return 1
-
-
-def print_out(text: str) -> None:
-    """To standard output; a reader that has seen enough (`| head`) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes standard output once more at exit, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _ensure_writable(output: Path) -> None:
-    """Before a long capture, whose result would have nowhere to go."""
-    folder = output.parent
-    if not folder.is_dir():
-        raise TargetError(f"-o {str(output)!r} cannot be written: there is no folder {str(folder)!r}, make it first")
-    if output.is_dir():
-        raise TargetError(f"-o {str(output)!r} cannot be written: it is a folder, name a file in it")
-    if not os.access(output if output.exists() else folder, os.W_OK):
-        raise TargetError(f"-o {str(output)!r} cannot be written: permission denied, name another file")
-
-
-def _write(output: Path, text: str) -> None:
-    try:
-        output.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TargetError(f"-o {str(output)!r} cannot be written: {error.strerror}, name another file") from error

@@ -1,0 +1,161 @@
+"""What is measured: the ops with their inputs and bytes, and the grid of shapes.
+
+T rows of H elements, the gate projected from K = H elements per row. Inputs are drawn from a normal distribution,
+weights scaled by 1 / sqrt(K), so that the logits are normal too and sigmoid is not saturated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+import fusionpass.ops  # noqa: F401  registers torch.ops.fusionpass
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENS = (1, 8, 32, 64, 256, 1024, 8192)
+HIDDEN = (2048, 4096, 7168)
+BACKWARD_FROM = 256  # tokens; decode runs no backward, so the default grid starts it here
+
+
+class Case(NamedTuple):
+    """One op at one shape: [tokens, hidden] of `dtype`, a key of DTYPES."""
+
+    op: str
+    tokens: int
+    hidden: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.tokens} x {self.hidden}"
+
+
+class Operands(NamedTuple):
+    """The inputs of one call; `dy`, shaped as the result, where the call is the backward."""
+
+    inputs: tuple[Tensor, ...]
+    dy: Tensor | None
+
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.inputs, self.dy) if t is not None)
+
+
+def _gated_add(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    return a + torch.sigmoid(gate) * b
+
+
+def _gated_add_op(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.fusionpass.gated_add(a, gate, b)
+
+
+def _gate_projected_add(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    gate = linear(x, weight)
+    return a + torch.sigmoid(gate) * b
+
+
+def _gate_projected_add_op(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.fusionpass.gate_projected_add(x, weight, None, a, b)
+
+
+def _gated_add_shapes(t: int, h: int) -> dict[str, tuple[int, int]]:
+    return {"a": (t, h), "gate": (t, 1), "b": (t, h)}
+
+
+def _gate_projected_add_shapes(t: int, h: int) -> dict[str, tuple[int, int]]:
+    return {"x": (t, h), "weight": (1, h), "a": (t, h), "b": (t, h)}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the benchmark.
+
+    Attributes:
+        eager: the expression it stands for, on the inputs in order; also what torch.compile is given.
+        here: the same through `torch.ops.fusionpass`.
+        shapes: the inputs' shapes by name, from (T, H).
+        reads, writes: elements that the formula has to move, from (T, H): each input once, each result once.
+        backward: the gradients of every input are measured, not the result.
+    """
+
+    eager: Callable[..., Tensor]
+    here: Callable[..., Tensor]
+    shapes: Callable[[int, int], dict[str, tuple[int, int]]]
+    reads: Callable[[int, int], int]
+    writes: Callable[[int, int], int]
+    backward: bool = False
+
+
+OPS = {
+    "gated_add": Op(
+        _gated_add,
+        _gated_add_op,
+        _gated_add_shapes,
+        reads=lambda t, h: 2 * t * h + t,  # a, b, gate
+        writes=lambda t, h: t * h,
+    ),
+    "gate_projected_add": Op(
+        _gate_projected_add,
+        _gate_projected_add_op,
+        _gate_projected_add_shapes,
+        reads=lambda t, h: 3 * t * h + h,  # x, a, b, weight
+        writes=lambda t, h: t * h,
+    ),
+    "gated_add_backward": Op(
+        _gated_add,
+        _gated_add_op,
+        _gated_add_shapes,
+        reads=lambda t, h: 2 * t * h + t,  # dy, b, gate
+        writes=lambda t, h: t * h + t,  # db, dgate; da is dy itself
+        backward=True,
+    ),
+    "gate_projected_add_backward": Op(
+        _gate_projected_add,
+        _gate_projected_add_op,
+        _gate_projected_add_shapes,
+        reads=lambda t, h: 3 * t * h + h,  # dy, b, x, weight
+        writes=lambda t, h: 2 * t * h + h,  # db, dx, dweight; da is dy itself
+        backward=True,
+    ),
+}
+
+
+def bytes_read(case: Case) -> int:
+    """Bytes one call has to read."""
+    return OPS[case.op].reads(case.tokens, case.hidden) * DTYPES[case.dtype].itemsize
+
+
+def bytes_moved(case: Case) -> int:
+    """Bytes one call has to read and write, the `traffic` of the kernels' docstrings."""
+    return bytes_read(case) + OPS[case.op].writes(case.tokens, case.hidden) * DTYPES[case.dtype].itemsize
+
+
+def grid(
+    ops: Iterable[str] | None = None,
+    tokens: Sequence[int] | None = None,
+    hidden: Sequence[int] | None = None,
+    dtype: str = "bf16",
+) -> list[Case]:
+    """The cases, op by op, then by H, then by T; None means the default of each."""
+    cases = []
+    for op in OPS if ops is None else ops:
+        rows = tokens or [t for t in TOKENS if not OPS[op].backward or t >= BACKWARD_FROM]
+        cases += [Case(op, t, h, dtype) for h in hidden or HIDDEN for t in rows]
+    return cases
+
+
+def draw(case: Case, generator: torch.Generator) -> Operands:
+    """Fresh operands on the generator's device; those of a backward require gradients."""
+    op = OPS[case.op]
+    like = {"dtype": DTYPES[case.dtype], "device": generator.device}
+    inputs = []
+    for name, shape in op.shapes(case.tokens, case.hidden).items():
+        tensor = torch.randn(shape, generator=generator, **like)
+        inputs.append(tensor.div_(case.hidden**0.5) if name == "weight" else tensor)
+    if not op.backward:
+        return Operands(tuple(inputs), None)
+    dy = torch.randn((case.tokens, case.hidden), generator=generator, **like)
+    return Operands(tuple(tensor.requires_grad_() for tensor in inputs), dy)

@@ -1,0 +1,165 @@
+"""`fusionpass bench`: measure on a CUDA GPU or take a saved run, show it, keep it, and hold it against a baseline."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from fusionpass.bench.cases import OPS, Case, grid
+from fusionpass.bench.check import Comparison, compare
+from fusionpass.bench.results import Run
+from fusionpass.bench.table import run_text
+from fusionpass.cli.files import ensure_writable, print_out, write
+from fusionpass.cli.progress import Progress
+from fusionpass.cli.quiet import quiet
+
+DEFAULT_ROUNDS = 7
+DEFAULT_TOLERANCE = 0.05
+# What decides what is measured, by attribute: none of it has a meaning for a run that is saved already.
+MEASURING = {
+    "op": "--op",
+    "tokens": "--tokens",
+    "hidden": "--hidden",
+    "dtype": "--dtype",
+    "rounds": "--rounds",
+    "no_tuned": "--no-tuned",
+}
+
+
+def bench_command(arguments: argparse.Namespace) -> int:
+    """The exit code: 0 fine, 1 a ratio has worsened.
+
+    Raises:
+        ValueError: bad input or no CUDA GPU, told in one sentence.
+    """
+    _check_arguments(arguments)
+    saved = None if arguments.saved is None else _load(arguments.saved, "--from")
+    baseline = None if arguments.check is None else _load(arguments.check, "--check")
+    run = _measured(arguments, baseline) if saved is None else saved
+    comparison = None if baseline is None else _compared(baseline, run, arguments)
+    print_out(run_text(run, arguments.format))
+    if arguments.json is not None:
+        write(arguments.json, run.to_json(), "--json")
+    if arguments.plot is not None:
+        from fusionpass.bench.plot import draw_run
+
+        with quiet():
+            draw_run(run, arguments.plot)
+    return 0 if comparison is None else _judged(comparison, arguments)
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """All that can be wrong before anything is read or measured."""
+    for name in arguments.op or ():
+        if name not in OPS:
+            raise ValueError(f"--op {name!r} is unknown: allowed are {', '.join(OPS)}")
+    if arguments.tolerance is not None and arguments.check is None:
+        raise ValueError("--tolerance has no effect without --check BASELINE.json")
+    if arguments.saved is not None:
+        for attribute, option in MEASURING.items():
+            if getattr(arguments, attribute) not in (None, False):
+                raise ValueError(f"{option} has no effect with --from, which shows a saved run: leave one of them out")
+    if arguments.plot is not None:
+        from fusionpass.bench.plot import SUFFIXES
+
+        if arguments.plot.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"--plot {str(arguments.plot)!r} has no suffix of {', '.join(SUFFIXES)}: name the file so")
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ValueError('--plot needs matplotlib: pip install "fusionpass[plot]"')
+    for output, option in ((arguments.json, "--json"), (arguments.plot, "--plot")):
+        if output is not None:
+            ensure_writable(output, option)
+
+
+def _load(path: Path, option: str) -> Run:
+    try:
+        return Run.from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # of the text, or of its encoding
+        why = f"{error}; give a file that fusionpass bench --json has written"
+        raise ValueError(f"{option} {str(path)!r} cannot be used: {why}") from error
+
+
+def _measured(arguments: argparse.Namespace, baseline: Run | None) -> Run:
+    cases = _cases(arguments, baseline)
+    _ensure_gpu()
+    from fusionpass.bench.run import measure, steps
+
+    with Progress() as progress, quiet():
+
+        def tell(what: str, done: int) -> None:
+            progress.stage(what)
+            progress.fraction(done, steps(cases))
+
+        rounds = DEFAULT_ROUNDS if arguments.rounds is None else arguments.rounds
+        return measure(cases, rounds=rounds, tuned=not arguments.no_tuned, tell=tell)
+
+
+def _cases(arguments: argparse.Namespace, baseline: Run | None) -> list[Case]:
+    """The grid that was asked for, by default the baseline's own cases, which --op and --dtype narrow down."""
+    if baseline is None or arguments.tokens or arguments.hidden:
+        cases = grid(
+            arguments.op and dict.fromkeys(arguments.op),
+            arguments.tokens,
+            arguments.hidden,
+            arguments.dtype or _dtype(baseline),
+        )
+    else:
+        cases = [entry.case for entry in baseline.measurements]
+        cases = [case for case in cases if case.op in (arguments.op or OPS)]
+        cases = [case for case in cases if case.dtype == (arguments.dtype or case.dtype)]
+    if baseline is not None and not {entry.case for entry in baseline.measurements}.intersection(cases):
+        raise _nothing_in_common(arguments)
+    return cases
+
+
+def _dtype(baseline: Run | None) -> str:
+    return baseline.measurements[0].dtype if baseline is not None and baseline.measurements else "bf16"
+
+
+def _ensure_gpu() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"
+        raise ValueError(
+            f"no CUDA GPU here{built}; bench measures kernels on one: run it where there is one, or show a saved run "
+            "with --from RUN.json"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("TRITON_INTERPRET=1 is set, and interpreted kernels have no speed to measure: unset it")
+
+
+def _compared(baseline: Run, run: Run, arguments: argparse.Namespace) -> Comparison:
+    found = compare(baseline, run, _tolerance(arguments))
+    if found.ratios == 0:
+        raise _nothing_in_common(arguments)
+    if baseline.device != run.device:
+        print(f"note: {arguments.check} was measured on {baseline.device}, this run on {run.device}", file=sys.stderr)
+    return found
+
+
+def _judged(found: Comparison, arguments: argparse.Namespace) -> int:
+    """One line on standard error per worsened ratio, or one that says how many were held."""
+    for worsened in found.worsened:
+        print(worsened.line(_tolerance(arguments)), file=sys.stderr)
+    if found.worsened:
+        return 1
+    counted = f"{found.ratios} ratios of {found.cases} case{'' if found.cases == 1 else 's'}"
+    print(f"{arguments.check}: {counted} compared, none has worsened", file=sys.stderr)
+    return 0
+
+
+def _tolerance(arguments: argparse.Namespace) -> float:
+    return DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance
+
+
+def _nothing_in_common(arguments: argparse.Namespace) -> ValueError:
+    return ValueError(
+        f"--check {str(arguments.check)!r} has no op, shape and dtype in common with the run: name others, or leave "
+        "--op, --tokens, --hidden and --dtype out to measure the baseline's own"
+    )

@@ -1,0 +1,103 @@
+"""The arguments and the help of `fusionpass bench`; imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+DESCRIPTION = """\
+Measure every op on a CUDA GPU, on a grid of shapes [T, H], against eager, torch.compile, torch.compile with
+coordinate_descent_tuning, and the limit that the bandwidth of a device copy sets.
+
+GPU time is that of CUDA-graph replays over rotating buffers, CPU time that of plain calls. Each side's result is held
+against float64 before it is timed. The whole default grid compiles about 120 functions and takes a while; --op,
+--tokens, --hidden and --no-tuned make it shorter."""
+
+EPILOG = """\
+examples:
+  fusionpass bench --op gated_add,gate_projected_add --tokens 1,32,256 --hidden 4096
+  fusionpass bench --json run.json --plot run.png --format markdown
+  fusionpass bench --check run.json --tolerance 5%
+      measures the cases of run.json again and exits 1 if a ratio such as here/compile has worsened by more
+  fusionpass bench --from run.json --plot run.svg
+      shows a saved run; needs no GPU
+
+--check compares ratios, not microseconds, and reports no difference below the noise: a ratio's noise is its value times
+the sum of both sides' relative spreads, and the noises of the two runs add up.
+
+exit codes: 0 fine; 1 a ratio has worsened; 2 bad input or no CUDA GPU
+"""
+
+
+def add_bench(bench: argparse.ArgumentParser) -> None:
+    """Everything but the name, the description and the epilog."""
+    what = bench.add_argument_group("what is measured")
+    what.add_argument(
+        "--op",
+        action="extend",
+        type=_names,
+        metavar="NAME",
+        help="gated_add, gate_projected_add, gated_add_backward, gate_projected_add_backward; repeat or separate by "
+        "commas; default: all",
+    )
+    what.add_argument(
+        "--tokens",
+        type=_sizes,
+        metavar="T,T",
+        help="rows; default: 1,8,32,64,256,1024,8192, for the backward those from 256 up",
+    )
+    what.add_argument("--hidden", type=_sizes, metavar="H,H", help="elements of a row; default: 2048,4096,7168")
+    what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16, or the baseline's")
+    what.add_argument("--rounds", type=_rounds, metavar="N", help="samples of each time; default: 7")
+    what.add_argument("--no-tuned", action="store_true", help="leave out coordinate_descent_tuning, the slow compile")
+    what.add_argument("--from", dest="saved", type=Path, metavar="RUN.json", help="measure nothing, take a saved run")
+    output = bench.add_argument_group("output")
+    output.add_argument("--format", choices=("table", "markdown"), default="table", help="default: table")
+    output.add_argument("--json", type=Path, metavar="FILE", help="save the run to FILE")
+    output.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the run to FILE, by its suffix a .png, .svg or .pdf"
+    )
+    judge = bench.add_argument_group("comparison")
+    judge.add_argument(
+        "--check",
+        type=Path,
+        metavar="BASELINE.json",
+        help="exit 1 if a ratio is worse than in this saved run; measures its cases unless --tokens or --hidden is given",
+    )
+    judge.add_argument(
+        "--tolerance", type=_tolerance, metavar="P", help="what a ratio may grow by, as 5%% or 0.05; default: 5%%"
+    )
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no op")
+    return names
+
+
+def _sizes(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 up, such as 1,32,256")
+    return sorted({int(word) for word in words})
+
+
+def _rounds(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 2 up: one sample has no spread")
+    return int(text)
+
+
+def _tolerance(text: str) -> float:
+    """A percentage, or a fraction below 1: a plain 5 could be meant either way."""
+    percent = text.endswith("%")
+    try:
+        value = float(text[:-1] if percent else text)
+    except ValueError:
+        value = math.nan
+    if not (0 <= value < math.inf and (percent or value < 1)):
+        wanted = "a percentage such as 5% nor a fraction below 1 such as 0.05"
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {wanted}")
+    return value / 100 if percent else value

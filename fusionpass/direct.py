@@ -1,0 +1,41 @@
+"""The ops as plain functions, for graphs that Python runs node by node (inner "eager").
+
+A call through the dispatcher and a Python Autograd kernel costs more CPU time than a small graph's launches save. These
+do without where nothing would listen on the way, and are the ops where something does.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from fusionpass import derivatives, library
+from fusionpass.copying import child_graphs
+
+
+def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
+    """`torch.ops.fusionpass.gated_add`."""
+    if derivatives.plain(a, gate, b):
+        return derivatives.gated_add(None, a, gate, b, numerics=numerics)
+    return library.gated_add(a, gate, b, numerics=numerics)
+
+
+def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`torch.ops.fusionpass.gate_projected_add`."""
+    if derivatives.plain(x, weight, bias, a, b):
+        return derivatives.gate_projected_add(None, x, weight, bias, a, b)
+    return library.gate_projected_add(x, weight, bias, a, b)
+
+
+_FUNCTIONS = {library.gated_add: gated_add, library.gate_projected_add: gate_projected_add}
+
+
+def call_directly(graph_module: GraphModule) -> None:
+    """Have the graph and its child graphs call these functions in place of the ops."""
+    for child in child_graphs(graph_module).values():
+        call_directly(child)
+    found = [node for node in graph_module.graph.nodes if node.target in _FUNCTIONS]
+    for node in found:
+        node.target = _FUNCTIONS[node.target]
+    if found:
+        graph_module.recompile()

@@ -1,0 +1,136 @@
+"""What the ops run: Triton where a CUDA tensor arrives, ATen on a CPU, and shapes alone on fake tensors.
+
+Triton is imported when the first CUDA tensor arrives, or CPU tensor under Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fusionpass.kernels import aten, contract
+
+
+@functools.cache
+def kernels() -> SimpleNamespace:
+    from fusionpass.kernels import gate_projected_add, gate_projected_add_backward, gated_add, gated_add_backward
+
+    return SimpleNamespace(
+        gated_add=gated_add,
+        gated_add_backward=gated_add_backward,
+        gate_projected_add=gate_projected_add,
+        gate_projected_add_backward=gate_projected_add_backward,
+    )
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether CPU tensors take the Triton kernels; like Triton itself, decided once."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# gated_add
+
+
+def gated_add_cuda(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
+    return kernels().gated_add.gated_add(a, gate, b, numerics)
+
+
+def gated_add_cpu(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
+    if interpreted():
+        return gated_add_cuda(a, gate, b, numerics=numerics)
+    contract.check_gated_add(a, gate, b, numerics)
+    return aten.gated_add(a, gate, b, numerics)
+
+
+def gated_add_fake(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
+    contract.check_gated_add(a, gate, b, numerics)
+    return a + torch.sigmoid(gate) * b
+
+
+def gated_add_out_cuda(a: Tensor, gate: Tensor, b: Tensor, out: Tensor) -> None:
+    kernels().gated_add.launch(out, a, gate, b, "fp32")
+    _written(out)
+
+
+def gated_add_out_cpu(a: Tensor, gate: Tensor, b: Tensor, out: Tensor) -> None:
+    if interpreted():
+        return gated_add_out_cuda(a, gate, b, out)
+    aten.gated_add_into(out, a, gate, b)
+    _written(out)
+
+
+def _written(out: Tensor) -> None:
+    """Tell autograd that `out` has new contents, so that a graph that saved the old ones refuses to use them."""
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
+def gated_add_backward_cuda(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    kernel = kernels().gated_add_backward
+    if kernel.fits(dy, gate, b):
+        return kernel.gradients(dy, gate, b)
+    return gated_add_backward_aten(dy, gate, b)
+
+
+def gated_add_backward_cpu(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return gated_add_backward_cuda(dy, gate, b) if interpreted() else gated_add_backward_aten(dy, gate, b)
+
+
+def gated_add_backward_aten(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    _, dgate, db = aten.gated_add_gradients(dy, gate, b, "fp32", (False, True, True))
+    return dgate, db
+
+
+# gate_projected_add
+
+
+def gate_projected_add_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return kernels().gate_projected_add.gate_projected_add(x, weight, bias, a, b)
+
+
+def gate_projected_add_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    if interpreted():
+        return gate_projected_add_cuda(x, weight, bias, a, b)
+    contract.check_gate_projected_add(x, weight, bias, a, b)
+    return aten.gate_projected_add(x, weight, bias, a, b)
+
+
+def gate_projected_add_fake(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    contract.check_gate_projected_add(x, weight, bias, a, b)
+    return a + torch.sigmoid(a.new_empty((*a.shape[:-1], 1))) * b
+
+
+def gate_projected_add_backward_cuda(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    kernel = kernels().gate_projected_add_backward
+    if kernel.fits(dy, x, weight, b):
+        return _all_tensors(x, *kernel.gradients(dy, x, weight, bias, b, need_weight))
+    return gate_projected_add_backward_aten(dy, x, weight, bias, b, need_weight)
+
+
+def gate_projected_add_backward_cpu(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    run = gate_projected_add_backward_cuda if interpreted() else gate_projected_add_backward_aten
+    return run(dy, x, weight, bias, b, need_weight)
+
+
+def gate_projected_add_backward_aten(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = True, need_weight, bias is not None, False, True
+    dx, dweight, dbias, _, db = aten.gate_projected_add_gradients(dy, x, weight, bias, b, needs)
+    return _all_tensors(x, dx, dweight, dbias, db)
+
+
+def _all_tensors(
+    x: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None, db: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """An op has no optional results: one that was not asked for is an empty tensor."""
+    return dx, x.new_empty(0) if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias, db
