@@ -9,22 +9,32 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fusionpass import derivatives, library
+from fusionpass import derivatives, implementations, library
 from fusionpass.copying import child_graphs
+from fusionpass.derivatives import plain, recorded
 
 
 def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
     """`torch.ops.fusionpass.gated_add`."""
-    if derivatives.plain(a, gate, b):
-        return derivatives.gated_add(None, a, gate, b, numerics=numerics)
+    if (a.is_cuda or _has_kernels(a)) and plain(a, gate, b):
+        if recorded(a, gate, b):
+            return derivatives.gated_add(None, a, gate, b, numerics=numerics)
+        return implementations.kernels().gated_add.gated_add(a, gate, b, numerics)
     return library.gated_add(a, gate, b, numerics=numerics)
 
 
 def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`torch.ops.fusionpass.gate_projected_add`."""
-    if derivatives.plain(x, weight, bias, a, b):
-        return derivatives.gate_projected_add(None, x, weight, bias, a, b)
+    if (a.is_cuda or _has_kernels(a)) and plain(x, weight, bias, a, b):
+        if recorded(x, weight, bias, a, b):
+            return derivatives.gate_projected_add(None, x, weight, bias, a, b)
+        return implementations.kernels().gate_projected_add.gate_projected_add(x, weight, bias, a, b)
     return library.gate_projected_add(x, weight, bias, a, b)
+
+
+def _has_kernels(a: Tensor) -> bool:
+    """Of a tensor that is on no GPU."""
+    return a.is_cpu and implementations.interpreted()
 
 
 _FUNCTIONS = {library.gated_add: gated_add, library.gate_projected_add: gate_projected_add}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
 from .gate_projected_add import blocks_and_warps
-from .launching import Calls, Launch, Prepared, layouts
+from .launching import Calls, Launch, layouts
 from .pointers import needs_int64
 
 COLUMNS_LIMIT = 8192  # a thread holds five values of each of its 16 columns; twice as many spill registers
@@ -50,9 +50,9 @@ def gate_projected_add_backward_kernel(
         row = i
         if WIDE:
             row = row.to(tl.int64)
-        x = widened(tl.load(X + row * K + k, mask=k < K, other=0.0), INTERPRETED)
-        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
-        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+        x = widened(tl.load(X + row * K + k, mask=k < K, other=0.0, eviction_policy="evict_first"), INTERPRETED)
+        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)  # da is dy: it is read again
+        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0, eviction_policy="evict_first"), INTERPRETED)
         logit = tl.sum(x * w)
         if HAS_BIAS:
             logit += widened(tl.load(BIAS), INTERPRETED)
@@ -116,16 +116,17 @@ def gradients(
     return dx, dweight, dbias, db
 
 
-def _prepared(dy: Tensor, x: Tensor, bias: Tensor | None, need_weight: bool) -> tuple[Prepared, Prepared, int]:
+def _prepared(dy: Tensor, x: Tensor, bias: Tensor | None, need_weight: bool) -> tuple[Launch, Launch, int]:
     k, h, rows = x.shape[-1], dy.shape[-1], prod(dy.shape[:-1])
     block_k, block_h, warps = blocks_and_warps(k, h)
     programs = min(rows, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(dy.device))
     wide = needs_int64(rows * max(k, h) + max(block_k, block_h))
     constants = (bias is not None, need_weight, wide, dy.dtype == torch.float32, INTERPRETED, k, h, block_k, block_h)
-    call = Launch(gate_projected_add_backward_kernel, programs, (rows, programs, *constants), num_warps=warps)
+    device = dy.get_device()
+    call = Launch(gate_projected_add_backward_kernel, device, programs, (rows, programs, *constants), num_warps=warps)
     constants = (INTERPRETED, k, SUM_ROWS, SUM_COLUMNS)
-    summing = Launch(sum_rows_kernel, triton.cdiv(k, SUM_COLUMNS), (programs, *constants))
-    return Prepared([(call, [0] * 9)]), Prepared([(summing, [0] * 2)]), programs
+    summing = Launch(sum_rows_kernel, device, triton.cdiv(k, SUM_COLUMNS), (programs, *constants))
+    return call, summing, programs
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
-from .launching import Calls, Launch, Prepared, layouts
+from .launching import Calls, Launch, layouts
 from .pointers import GRID_LIMIT, needs_int64
 
 COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
@@ -35,8 +35,8 @@ def gated_add_backward_kernel(
     if WIDE:
         row = row.to(tl.int64)
     h = tl.arange(0, BLOCK)
-    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
-    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)  # da is dy: it is read again
+    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0, eviction_policy="evict_first"), INTERPRETED)
     s = sigmoid(widened(tl.load(G + row), INTERPRETED), PRECISE, INTERPRETED)
     tl.store(DB + row * H + h, rounded(dy * s, DB.dtype.element_ty, INTERPRETED), mask=h < H)
     dg = tl.sum(dy * b) * s * (1.0 - s)
@@ -67,9 +67,9 @@ def gradients(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return dgate, db
 
 
-def _prepared(dy: Tensor) -> Prepared:
+def _prepared(dy: Tensor) -> Launch:
     h, rows = dy.shape[-1], prod(dy.shape[:-1])
     block = triton.next_power_of_2(h)
     warps = min(max(1 << (h // COLUMNS_PER_WARP).bit_length() >> 1, 1), MOST_WARPS)
     constants = (h, needs_int64(rows * h + block), dy.dtype == torch.float32, INTERPRETED, block)
-    return Prepared([(Launch(gated_add_backward_kernel, rows, constants, num_warps=warps), [0] * 5)])
+    return Launch(gated_add_backward_kernel, dy.get_device(), rows, constants, num_warps=warps)

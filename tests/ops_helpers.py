@@ -2,9 +2,12 @@
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fusionpass.kernels.launching import Calls, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -82,3 +85,61 @@ def projected_slack(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> float:
         return sum_slack(a, b)
     products = (x.abs().double() @ weight.abs().double().reshape(-1)).max().item()
     return sum_slack(a, b) + 16 * 2.0**-24 * products / 4 * b.abs().max().item()
+
+
+ROUNDING = 2.0**-24  # of fp32, relative: half a unit in the last place
+
+
+def largest(t: Tensor) -> float:
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def fill_fresh_memory_with_nan(monkeypatch) -> None:
+    """What `torch.empty*` makes is all NaN from here on, so that an element nobody wrote cannot pass."""
+
+    def filling(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return made
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, filling(getattr(torch, name)))
+
+
+class Recorded(NamedTuple):
+    """A launch that was prepared: the kernel's name, its programs, its arguments by name and Triton's options."""
+
+    kernel: str
+    blocks: int
+    arguments: dict[str, int | bool]
+    options: dict[str, int | bool]
+    launch: Launch
+
+
+def record_launches(monkeypatch, *modules) -> list[Recorded]:
+    """Everything these kernel modules prepare from here on; they forget what they prepared before, and this after."""
+    recorded = []
+
+    class Recording(Launch):
+        __slots__ = ()
+
+        def __init__(self, kernel, device, blocks, arguments, **options):
+            super().__init__(kernel, device, blocks, arguments, **options)
+            names = kernel.arg_names[len(kernel.arg_names) - len(arguments) :]
+            name = kernel.fn.__name__
+            recorded.append(Recorded(name, blocks, dict(zip(names, arguments, strict=True)), options, self))
+
+    for module in modules:
+        monkeypatch.setattr(module, "Launch", Recording)
+        forget_calls(monkeypatch, module)
+    return recorded
+
+
+def forget_calls(monkeypatch, *modules) -> None:
+    """What the kernel modules prepared so far is out of sight for this test, and what it prepares is gone after it."""
+    for module in modules:
+        for name in ("_calls", "_into", "_fresh"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, Calls())

@@ -1,9 +1,10 @@
 """GPU time by replays of CUDA graphs over rotating buffers, CPU time by loops of calls; both interleaved.
 
 GPU time. A graph holds at least 32 calls of one side, each on the next of several sets of operands, so that launches
-cost nothing and no call finds its inputs in the L2 cache: one turn through the sets reads at least twice the cache,
-or there are 128 sets (one row of 4096 in bf16 is 8 KB, so at few rows all sets together do fit in an L2 of 50 MB, and
-the limit from the copy's bandwidth can then be beaten). Each call writes memory of its own. The graphs of all sides of
+cost nothing and few inputs are found in the L2 cache: one turn through the sets reads at least twice the cache, or
+there are 128 sets. (One row of 4096 in bf16 is 8 KB, so at few rows all sets together do fit in an L2 of 50 MB, and the
+limit from the copy's bandwidth can then be beaten. And a side that marks what it has read as the first to leave the
+cache, as Inductor's kernels and ours do, finds part of it there the next time round.) Each call writes memory of its own. The graphs of all sides of
 a case share one memory pool: they never run at once, nobody reads what they wrote, and so all sides write the same
 addresses. A sample is the time between two CUDA events around replays of at least 2 ms, over the number of calls.
 

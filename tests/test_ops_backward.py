@@ -1,0 +1,592 @@
+"""`_gated_add_backward` and `_gate_projected_add_backward`: against float64 and eager's own autograd, and under autograd."""
+
+from math import prod
+
+import pytest
+import torch
+from ops_helpers import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    ROUNDING,
+    assert_no_worse,
+    fill_fresh_memory_with_nan,
+    forget_calls,
+    gated_expression,
+    largest,
+    projected_expression,
+    record_launches,
+    significant,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+
+from fusionpass import implementations, library
+from fusionpass.kernels import gate_projected_add_backward as projected_kernel
+from fusionpass.kernels import gated_add_backward as gated_kernel
+
+gated_add_op = torch.ops.fusionpass.gated_add.default
+projected_op = torch.ops.fusionpass.gate_projected_add.default
+gated_backward = torch.ops.fusionpass._gated_add_backward.default
+projected_backward = torch.ops.fusionpass._gate_projected_add_backward.default
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")  # NumPy, of inf and nan
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+biases = pytest.mark.parametrize("bias", [None, (1,)], ids=["no bias", "bias"])
+UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+
+
+def normal(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+@pytest.fixture
+def nan_filled(monkeypatch):
+    fill_fresh_memory_with_nan(monkeypatch)
+
+
+def test_fresh_memory_is_nan(nan_filled):
+    assert all(t.isnan().all() for t in (torch.empty(3), torch.empty_like(torch.zeros(3))))
+
+
+def gradients(function, inputs, dy, wanted=None, create_graph=False):
+    """Of those inputs that are tensors, or of those at the places `wanted`; None where there is no input."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    wanted = [i for i, t in enumerate(leaves) if t is not None] if wanted is None else wanted
+    for i, leaf in enumerate(leaves):
+        if leaf is not None:
+            leaf.requires_grad_(i in wanted)
+    found = torch.autograd.grad(function(*leaves), [leaves[i] for i in wanted], dy, create_graph=create_graph)
+    result = [None] * len(leaves)
+    for i, gradient in zip(wanted, found, strict=True):
+        result[i] = gradient
+    return result
+
+
+def double(t):
+    return None if t is None else t.detach().double()
+
+
+# What fp32 may add to an error, in roundings at the scale of the numbers rounded, twice: a result that is off by d before
+# it is rounded to the dtype is at most 2 * d further from the truth than the nearest number of the dtype.
+# sigmoid: 4 of itself (exponential, sum, division, and the exponential's scaled argument) and the logit's error through
+# its slope of at most 1/4. A row's sum: 16 terms in a thread, 5 steps in a warp, 4 among warps, the product's own and
+# 6 more between blocks, 32. A sum over rows: as many as rows, in sequence, and the 32.
+SUM = 32
+
+
+def gated_slacks(dy, gate, b):
+    dy, gate, b = map(double, (dy, gate, b))
+    sigmoid = (4 + largest(gate)) * ROUNDING
+    row = largest((dy * b).abs().sum_to_size(gate.shape))
+    return 2 * row * (SUM * ROUNDING / 4 + 2 * sigmoid), 2 * largest(dy) * (sigmoid + ROUNDING)
+
+
+def projected_slacks(dy, x, weight, bias, b):
+    dy, x, weight, bias, b = map(double, (dy, x, weight, bias, b))
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+    logit = SUM * ROUNDING * largest((rows.abs() @ weight.abs().reshape(-1)) + (0 if bias is None else bias.abs()))
+    sigmoid = (4 + 30) * ROUNDING + logit / 4  # no logit here is beyond 30, where the slope is 0
+    each = largest((dy * b).abs().sum(-1)) * (SUM * ROUNDING / 4 + 2 * sigmoid)
+    count = rows.shape[0]
+    most = each + largest((dy * b).abs().sum(-1)) / 4 * (SUM + count) * ROUNDING
+    return (
+        2 * each * largest(weight) + 2 * ROUNDING * most * largest(weight),
+        2 * most * (largest(rows.abs().sum(0)) if rows.numel() else 0.0),
+        2 * most * count,
+        2 * largest(dy) * (sigmoid + ROUNDING),
+    )
+
+
+def check_gated(dy, gate, b):
+    a = torch.zeros_like(dy)
+    got = gated_backward(dy, gate, b)
+    _, *eagers = gradients(gated_expression, (a, gate, b), dy)
+    _, *truths = gradients(gated_expression, map(double, (a, gate, b)), dy.double())
+    slacks = gated_slacks(dy, gate, b)
+    for mine, like, eager, truth, slack in zip(got, (gate, b), eagers, truths, slacks, strict=True):
+        assert mine.shape == like.shape and mine.dtype == like.dtype
+        assert_no_worse(mine, eager, truth, slack)
+    return got
+
+
+def check_projected(dy, x, weight, bias, b, need_weight=True):
+    a = torch.zeros_like(dy)
+    got = projected_backward(dy, x, weight, bias, b, need_weight)
+    inputs = x, weight, bias, a, b
+    eagers = gradients(projected_expression, inputs, dy)
+    truths = gradients(projected_expression, [double(t) for t in inputs], dy.double())
+    slacks = projected_slacks(dy, x, weight, bias, b)
+    of = (0, 1, 2, 4)
+    for i, mine, slack in zip(of, got, slacks, strict=True):
+        if inputs[i] is None or (i == 1 and not need_weight):
+            assert mine.shape == (0,) and mine.dtype == dy.dtype
+            continue
+        assert mine.shape == inputs[i].shape and mine.dtype == inputs[i].dtype
+        assert_no_worse(mine, eagers[i], truths[i], slack)
+    return got
+
+
+# The kernels.
+
+GATED_SHAPES = [(1, 1), (5, 7), (2, 64), (300, 64), (2, 3, 300), (1, 1023), (2, 3000), (1, 8192), (64,), (3, 1)]
+
+
+@dtypes
+@pytest.mark.parametrize("shape", GATED_SHAPES, ids=str)
+def test_gated_add_backward(nan_filled, dtype, shape):
+    make = normal(dtype)
+    dy, gate, b = make(shape), make((*shape[:-1], 1)), make(shape)
+    assert gated_kernel.fits(dy, gate, b)
+    check_gated(dy, gate, b)
+
+
+PROJECTED_SHAPES = {  # rows, K, H
+    "one row": ((1,), 64, 64),
+    "K < H": ((2,), 7, 300),
+    "K > H": ((5,), 300, 7),
+    "3-d, H 1": ((2, 3), 64, 1),
+    "K 1": ((3,), 1, 64),
+    "many rows": ((300,), 7, 64),
+    "odd": ((2,), 1023, 65),
+    "wide": ((3,), 64, 3000),
+    "no leading dims": ((), 8, 8),
+}
+
+
+def projected_operands(make, rows=(4,), k=6, h=8, bias=(1,), weight=None):
+    """dy, x, weight, bias, b; logits of size 1."""
+    weight = make(weight or (1, k)) / k**0.5
+    return make((*rows, h)), make((*rows, k)), weight, None if bias is None else make(bias), make((*rows, h))
+
+
+@dtypes
+@biases
+@pytest.mark.parametrize(("rows", "k", "h"), PROJECTED_SHAPES.values(), ids=PROJECTED_SHAPES)
+def test_gate_projected_add_backward(nan_filled, dtype, bias, rows, k, h):
+    dy, x, weight, bias, b = projected_operands(normal(dtype), rows, k, h, bias)
+    assert projected_kernel.fits(dy, x, weight, b)
+    check_projected(dy, x, weight, bias, b)
+
+
+@pytest.mark.parametrize("need_weight", [True, False], ids=["", "frozen weight"])
+@pytest.mark.parametrize("bias", [None, (1,), (), (1, 1)], ids=["no bias", "[1]", "[]", "[1, 1]"])
+@pytest.mark.parametrize("weight", [(1, 24), (24, 1), (24,)], ids=str)
+def test_weights_and_biases(nan_filled, weight, bias, need_weight):
+    check_projected(*projected_operands(normal(torch.bfloat16), (5,), 24, 7, bias, weight), need_weight)
+
+
+@dtypes
+def test_sums_of_many_programs(nan_filled, monkeypatch, dtype):
+    """More programs than the last kernel sums at a time, and more columns than one of its programs takes."""
+    monkeypatch.setattr(projected_kernel, "PROGRAMS_PER_MULTIPROCESSOR", 100)
+    recorded = record_launches(monkeypatch, projected_kernel)
+    rows, k = projected_kernel.SUM_ROWS + 86, 2 * projected_kernel.SUM_COLUMNS + 6
+    check_projected(*projected_operands(normal(dtype), (rows,), k, 3))
+    main, summing = recorded
+    assert main.blocks > projected_kernel.SUM_ROWS and summing.blocks == 3
+    assert summing.arguments["rows"] == main.blocks
+
+
+def test_rows_are_shared_out(monkeypatch):
+    """Every row is some program's, and no more programs run than there are rows."""
+    recorded = record_launches(monkeypatch, projected_kernel)
+    most = projected_kernel.PROGRAMS_PER_MULTIPROCESSOR * projected_kernel._multiprocessors(torch.device(DEVICE))
+    for rows in (1, most, most + 1):
+        projected_backward(*projected_operands(normal(), (rows,)), False)
+        assert recorded[-2].blocks == min(rows, most)
+
+
+# Layouts the kernels do not take.
+
+GATED_REFUSED = {
+    "dy transposed": lambda make: (make((8, 5)).t(), make((5, 1)), make((5, 8))),
+    "dy expanded, as of a sum": lambda make: (make((1, 1)).expand(5, 8), make((5, 1)), make((5, 8))),
+    "dy's rows padded": lambda make: (make((5, 11))[:, :8], make((5, 1)), make((5, 8))),
+    "b's rows padded": lambda make: (make((5, 8)), make((5, 1)), make((5, 11))[:, :8]),
+    "b transposed": lambda make: (make((5, 8)), make((5, 1)), make((8, 5)).t()),
+    "gate is a column": lambda make: (make((5, 8)), make((5, 3))[:, 1:2], make((5, 8))),
+    "gate of full size": lambda make: (make((5, 8)), make((5, 8)), make((5, 8))),
+    "gate [H]": lambda make: (make((5, 8)), make((8,)), make((5, 8))),
+    "gate [1]": lambda make: (make((5, 8)), make((1,)), make((5, 8))),
+    "gate of some rows": lambda make: (make((2, 5, 8)), make((2, 1, 1)), make((2, 5, 8))),
+    "too wide": lambda make: (make((2, 8193)), make((2, 1)), make((2, 8193))),
+    "no rows": lambda make: (make((0, 8)), make((0, 1)), make((0, 8))),
+    "no columns": lambda make: (make((5, 0)), make((5, 1)), make((5, 0))),
+}
+
+
+def not_the_kernel(monkeypatch, kernel):
+    def refuse(*args):
+        raise AssertionError("the kernel ran")
+
+    monkeypatch.setattr(kernel, "gradients", refuse)
+
+
+@dtypes
+@pytest.mark.parametrize("operands", GATED_REFUSED.values(), ids=GATED_REFUSED)
+def test_gated_add_backward_of_other_layouts(monkeypatch, dtype, operands):
+    dy, gate, b = operands(normal(dtype))
+    assert not gated_kernel.fits(dy, gate, b)
+    not_the_kernel(monkeypatch, gated_kernel)
+    check_gated(dy, gate, b)
+    with pytest.raises(AssertionError, match="the kernel ran"):
+        gated_backward(*(torch.ones(shape, device=DEVICE) for shape in ((2, 8), (2, 1), (2, 8))))
+
+
+def changed(i, change, **sizes):
+    """The operands with the one at place i laid out otherwise."""
+
+    def operands(make):
+        made = list(projected_operands(make, **sizes))
+        made[i] = change(make, made[i])
+        return made
+
+    return operands
+
+
+PROJECTED_REFUSED = {
+    "dy transposed": changed(0, lambda make, t: make(t.shape[::-1]).t()),
+    "dy expanded, as of a sum": changed(0, lambda make, t: make((1, 1)).expand(t.shape)),
+    "dy's rows padded": changed(0, lambda make, t: make((t.shape[0], t.shape[1] + 3))[:, : t.shape[1]]),
+    "x transposed": changed(1, lambda make, t: make(t.shape[::-1]).t()),
+    "x's rows padded": changed(1, lambda make, t: make((t.shape[0], t.shape[1] + 3))[:, : t.shape[1]]),
+    "weight of every second": changed(2, lambda make, t: make((1, 2 * t.shape[1]))[:, ::2]),
+    "b's rows padded": changed(4, lambda make, t: make((t.shape[0], t.shape[1] + 3))[:, : t.shape[1]]),
+    "b expanded": changed(4, lambda make, t: make((1, t.shape[1])).expand(t.shape)),
+    "H too wide": changed(0, lambda make, t: t, h=8193, rows=(2,)),
+    "K too wide": changed(0, lambda make, t: t, k=8193, rows=(2,)),
+    "no rows": changed(0, lambda make, t: t, rows=(0,)),
+    "no columns": changed(0, lambda make, t: t, h=0),
+}
+
+
+@dtypes
+@biases
+@pytest.mark.parametrize("operands", PROJECTED_REFUSED.values(), ids=PROJECTED_REFUSED)
+def test_gate_projected_add_backward_of_other_layouts(monkeypatch, dtype, bias, operands):
+    dy, x, weight, given, b = operands(normal(dtype))
+    assert not projected_kernel.fits(dy, x, weight, b)
+    not_the_kernel(monkeypatch, projected_kernel)
+    check_projected(dy, x, weight, None if bias is None else given, b)
+
+
+# Numbers that are none.
+
+
+def special_values(dtype):
+    info = torch.finfo(dtype)
+    finite = [0.0, -0.0, 1.0, -1.5, 1000.0, -1000.0, info.tiny, info.max]
+    values = torch.tensor([*finite, float("inf"), float("-inf"), float("nan")], dtype=dtype, device=DEVICE)
+    return [t.unsqueeze(-1) for t in torch.cartesian_prod(values, values, values).unbind(1)]
+
+
+def assert_special(got, expected):
+    """nan and inf in the same places, equal within two roundings elsewhere."""
+    eps = torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, expected, rtol=2 * eps, atol=2 * eps, equal_nan=True)
+
+
+@dtypes
+def test_gated_add_backward_of_special_values(dtype):
+    """As the same expression in fp32 and one rounding: what overflows the dtype on the way alone is no inf."""
+    dy, gate, b = (t.contiguous() for t in special_values(dtype))
+    assert gated_kernel.fits(dy, gate, b)
+    got = gated_backward(dy, gate, b)
+    a = torch.zeros_like(dy)
+    _, *expected = gradients(gated_expression, [t.float() for t in (a, gate, b)], dy.float())
+    for mine, theirs in zip(got, expected, strict=True):
+        assert_special(mine, theirs.to(dtype))
+    zero = expected[1] == 0
+    assert zero.any() and torch.equal(got[1][zero].signbit(), expected[1][zero].signbit())
+
+
+@dtypes
+def test_gate_projected_add_backward_of_special_values(dtype):
+    """One row each, so that a nan in one does not hide the others in the sum over rows."""
+    ordinary = normal(dtype)
+    for position in range(5):
+        for value in (float("inf"), float("-inf"), float("nan"), -0.0):
+            operands = [t.clone() for t in projected_operands(ordinary, (1,), 2, 2)]
+            operands[position].view(-1)[0] = value
+            dy, x, weight, bias, b = operands
+            got = projected_backward(dy, x, weight, bias, b, True)
+            inputs = [t.float() for t in (x, weight, bias, torch.zeros_like(dy), b)]
+            expected = gradients(projected_expression, inputs, dy.float())
+            eps = torch.finfo(dtype).eps
+            for i, mine in zip((0, 1, 2, 4), got, strict=True):
+                close = dict(rtol=4 * eps, atol=4 * eps, equal_nan=True)  # sums of two terms that may cancel
+                torch.testing.assert_close(mine, expected[i].to(dtype), **close)
+
+
+# As ops.
+
+
+OPERANDS = {
+    "gated_add": (gated_backward, lambda make: (make((5, 8)), make((5, 1)), make((5, 8)))),
+    "gate_projected_add": (projected_backward, lambda make: (*projected_operands(make), True)),
+    "gate_projected_add, no bias": (projected_backward, lambda make: (*projected_operands(make, bias=None), True)),
+    "gate_projected_add, frozen": (projected_backward, lambda make: (*projected_operands(make), False)),
+}
+either = pytest.mark.parametrize(("op", "operands"), OPERANDS.values(), ids=OPERANDS)
+
+
+@dtypes
+@either
+def test_opcheck(op, operands, dtype):
+    opcheck(op, operands(normal(dtype)), test_utils=UTILS)
+
+
+@pytest.fixture(params=["kernel", "aten"])
+def implementation(request, monkeypatch):
+    """On a CPU: the Triton kernels under the interpreter, or ATen. On CUDA a layout decides, and there is one case."""
+    if DEVICE == "cuda" and request.param == "aten":
+        pytest.skip("the same as kernel on CUDA")
+    monkeypatch.setattr(implementations, "interpreted", lambda: request.param == "kernel")
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_opcheck_layouts(implementation, name):
+    make, lay = normal(), LAYOUTS[name]
+    opcheck(gated_backward, (lay(make, (4, 8)), make((4, 1)), make((4, 8))), test_utils=UTILS)
+    opcheck(gated_backward, (make((4, 8)), lay(make, (4, 1)), lay(make, (4, 8))), test_utils=UTILS)
+    dy, x, weight, bias, b = projected_operands(make)
+    opcheck(projected_backward, (lay(make, dy.shape), x, weight, bias, b, True), test_utils=UTILS)
+    laid_out = lay(make, x.shape), lay(make, weight.shape)
+    opcheck(projected_backward, (dy, *laid_out, None, lay(make, b.shape), True), test_utils=UTILS)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_opcheck_few_rows(implementation, rows):
+    make = normal()
+    opcheck(gated_backward, (make((rows, 8)), make((rows, 1)), make((rows, 8))), test_utils=UTILS)
+    opcheck(projected_backward, (*projected_operands(make, (rows,)), True), test_utils=UTILS)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "transposed", "padded rows", "a half", "one row, expanded"])
+def test_strides_are_those_of_the_fake(implementation, name):
+    """Of each result, for every operand laid out so in turn and all at once."""
+    make, lay = normal(), LAYOUTS[name]
+    plain = [*projected_operands(make)]
+    for op, operands in ((gated_backward, [make((4, 8)), make((4, 1)), make((4, 8))]), (projected_backward, plain)):
+        ways = [{i} for i, t in enumerate(operands) if t.dim() == 2] + [set(range(len(operands)))]
+        for which in ways:
+            laid = [lay(make, tuple(t.shape)) if i in which and t.dim() == 2 else t for i, t in enumerate(operands)]
+            extra = (True,) if op is projected_backward else ()
+            real = op(*laid, *extra)
+            with FakeTensorMode() as mode:
+                fake = op(*map(mode.from_tensor, laid), *extra)
+            for mine, theirs in zip(real, fake, strict=True):
+                assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
+                assert significant(mine) == significant(theirs), which
+
+
+@either
+def test_the_same_bits_on_every_run(op, operands):
+    given = operands(normal())
+    for _ in range(3):
+        for mine, again in zip(op(*given), op(*given), strict=True):
+            assert torch.equal(mine, again)
+
+
+@either
+def test_results_are_fresh(op, operands):
+    given = operands(normal())
+    before = [t.clone() for t in given if isinstance(t, torch.Tensor)]
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    results = [t for t in op(*given) if t.numel()]
+    addresses = [t.untyped_storage().data_ptr() for t in (*tensors, *results)]
+    assert len(set(addresses)) == len(addresses)
+    assert all(torch.equal(t, was) for t, was in zip(tensors, before, strict=True))
+    assert all(was.data_ptr() not in [t.data_ptr() for t in results] for was in op(*given) if was.numel())
+
+
+# Through autograd.
+
+
+def counted(monkeypatch, name):
+    """Calls of the library's op `name` from here on."""
+    calls, op = [], getattr(library, name)
+    monkeypatch.setattr(library, name, lambda *args: calls.append(args) or op(*args))
+    return calls
+
+
+def subsets(n):
+    return [tuple(i for i in range(n) if bits >> i & 1) for bits in range(1, 2**n)]
+
+
+def named(names):
+    return lambda wanted: "+".join(names[i] for i in wanted) if isinstance(wanted, tuple) else None
+
+
+@pytest.mark.parametrize("wanted", subsets(3), ids=named(["a", "gate", "b"]))
+def test_gated_add_gradients_that_are_needed(monkeypatch, wanted):
+    make = normal()
+    inputs, dy = (make((5, 8)), make((5, 1)), make((5, 8))), make((5, 8))
+    calls = counted(monkeypatch, "gated_add_backward")
+    got = gradients(gated_add_op, inputs, dy, wanted)
+    assert len(calls) == ({1, 2} <= set(wanted))  # one alone is cheaper in ATen
+    truths = gradients(gated_expression, [double(t) for t in inputs], dy.double(), wanted)
+    eagers = gradients(gated_expression, inputs, dy, wanted)
+    slacks = (0.0, *gated_slacks(dy, *inputs[1:]))
+    for i in wanted:
+        assert_no_worse(got[i], eagers[i], truths[i], slacks[i])
+
+
+@biases
+@pytest.mark.parametrize("wanted", subsets(5), ids=named(["x", "weight", "bias", "a", "b"]))
+def test_gate_projected_add_gradients_that_are_needed(monkeypatch, wanted, bias):
+    if bias is None and 2 in wanted:
+        pytest.skip("no bias to differentiate by")
+    make = normal()
+    dy, x, weight, bias, b = projected_operands(make, bias=bias)
+    inputs = x, weight, bias, make(b.shape), b
+    calls = counted(monkeypatch, "gate_projected_add_backward")
+    got = gradients(projected_op, inputs, dy, wanted)
+    assert [call[-1] for call in calls] == ([1 in wanted] if {0, 4} <= set(wanted) else [])
+    truths = gradients(projected_expression, [double(t) for t in inputs], dy.double(), wanted)
+    eagers = gradients(projected_expression, inputs, dy, wanted)
+    dx, dweight, dbias, db = projected_slacks(dy, x, weight, bias, b)
+    slacks = dx, dweight, dbias, 0.0, db
+    for i in wanted:
+        assert_no_worse(got[i], eagers[i], truths[i], slacks[i])
+
+
+FULL = {
+    "gated_add": (gated_add_op, gated_expression, "gated_add_backward", [(5, 8), (5, 1), (5, 8)], 0),
+    "gate_projected_add": (
+        projected_op,
+        projected_expression,
+        "gate_projected_add_backward",
+        [(5, 6), (1, 6), (1,), (5, 8), (5, 8)],
+        3,
+    ),
+}
+full = pytest.mark.parametrize(("op", "expression", "backward", "shapes", "a"), FULL.values(), ids=FULL)
+
+
+@full
+def test_double_backward(monkeypatch, op, expression, backward, shapes, a):
+    """A graph of the gradients is recorded from ATen's ops; second derivatives are the expression's in float64."""
+    make = normal()
+    inputs, dy = [make(shape) for shape in shapes], make((5, 8))
+    calls = counted(monkeypatch, backward)
+
+    def second(function, tensors, dy):
+        leaves = [t.detach().requires_grad_() for t in (*tensors, dy)]
+        first = torch.autograd.grad(function(*leaves[:-1]), leaves[:-1], leaves[-1], create_graph=True)
+        assert any(g.requires_grad for g in first)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, allow_unused=True)
+
+    got, truths = second(op, inputs, dy), second(expression, [double(t) for t in inputs], dy.double())
+    assert not calls
+    for mine, truth in zip(got, truths, strict=True):
+        assert (mine is None) == (truth is None)
+        if truth is not None:  # sums of up to 5 * 8 terms, three products deep
+            assert largest(mine.double() - truth) <= 64 * 2 * ROUNDING * largest(truth)
+    gradients(op, inputs, dy)
+    assert len(calls) == 1  # and without create_graph the op runs
+
+
+@full
+def test_gradient_of_a_is_the_incoming_one(op, expression, backward, shapes, a):
+    make = normal()
+    inputs, dy = [make(shape) for shape in shapes], make((5, 8))
+    got = gradients(op, inputs, dy)
+    assert got[a].data_ptr() == dy.data_ptr()
+    assert all(g.data_ptr() != dy.data_ptr() for i, g in enumerate(got) if i != a)
+
+
+@full
+def test_gradients_of_a_sum_and_twice(op, expression, backward, shapes, a):
+    """The sum's gradient is expanded; .grad accumulates into memory of its own."""
+    make = normal()
+    inputs = [make(shape).requires_grad_() for shape in shapes]
+    for _ in range(2):
+        op(*inputs).sum().backward()
+    assert torch.equal(inputs[a].grad, torch.full((5, 8), 2.0, device=DEVICE))
+    once = gradients(op, inputs, torch.ones(5, 8, device=DEVICE))
+    for leaf, gradient in zip(inputs, once, strict=True):
+        # The sum's gradient takes ATen, this one the kernel.
+        torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=64 * ROUNDING, atol=64 * ROUNDING * largest(gradient))
+
+
+@dtypes
+def test_eager_numerics_keep_eagers_gradients(monkeypatch, dtype):
+    make = normal(dtype)
+    inputs, dy = (make((5, 8)), make((5, 1)), make((5, 8))), make((5, 8))
+    calls = counted(monkeypatch, "gated_add_backward")
+    got = gradients(lambda *tensors: gated_add_op(*tensors, numerics="eager"), inputs, dy)
+    assert not calls
+    assert all(map(torch.equal, got, gradients(gated_expression, inputs, dy)))
+
+
+def saved_bytes(function, inputs):
+    """Of the storages that the backward of `function` keeps alive."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function(*inputs)
+    assert y.requires_grad
+    return sum(kept.values())
+
+
+SAVING = {
+    "gated_add, all": ("gated_add", (0, 1, 2)),
+    "gated_add, a": ("gated_add", (0,)),
+    "gated_add, gate": ("gated_add", (1,)),
+    "gated_add, b": ("gated_add", (2,)),
+    "gated_add, a and b": ("gated_add", (0, 2)),
+    "gate_projected_add, all": ("gate_projected_add", (0, 1, 2, 3, 4)),
+    "gate_projected_add, a": ("gate_projected_add", (3,)),
+    "gate_projected_add, x, weight and b": ("gate_projected_add", (0, 1, 4)),
+}
+
+
+@pytest.mark.parametrize(("which", "wanted"), SAVING.values(), ids=SAVING)
+def test_no_more_memory_is_saved_than_by_eager(which, wanted):
+    op, expression, _, shapes, _ = FULL[which]
+    make = normal()
+    inputs = [make(shape).requires_grad_(i in wanted) for i, shape in enumerate(shapes)]
+    if wanted == (0, 1, 4):
+        inputs[2] = None
+    assert saved_bytes(op, inputs) <= saved_bytes(expression, inputs)
+
+
+@full
+def test_compiled_training_runs_the_op(op, expression, backward, shapes, a):
+    from torch._dynamo.backends.common import aot_autograd
+
+    targets = []
+
+    def keep(graph_module, example_inputs):
+        targets.extend(node.target for node in graph_module.graph.nodes)
+        return graph_module
+
+    compiled = torch.compile(
+        lambda *t: op(*t), backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
+    )
+    make = normal()
+    inputs, dy = [make(shape) for shape in shapes], make((5, 8))
+    got = gradients(compiled, inputs, dy)
+    assert getattr(library, backward) in targets
+    assert all(map(torch.equal, got, gradients(op, inputs, dy)))
+
+
+def test_calls_are_told_apart(monkeypatch):
+    """What is prepared once serves equal layouts only: dtypes, widths, rows, bias and need_weight differ."""
+    forget_calls(monkeypatch, gated_kernel, projected_kernel)
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            make = normal(dtype)
+            for shape in ((4, 8), (4, 9), (5, 8), (2, 2, 8)):
+                check_gated(make(shape), make((*shape[:-1], 1)), make(shape))
+                for bias in (None, (1,)):
+                    for need_weight in (True, False):
+                        operands = projected_operands(make, shape[:-1], 6, shape[-1], bias)
+                        check_projected(*operands, need_weight)
+    assert len(gated_kernel._calls) == 2 * 4 and len(projected_kernel._calls) == 2 * 4 * 2 * 2
