@@ -16,7 +16,7 @@ from fusionpass.derivatives import plain, recorded
 
 def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
     """`torch.ops.fusionpass.gated_add`."""
-    if (a.is_cuda or _has_kernels(a)) and plain(a, gate, b):
+    if plain(a, gate, b) and (a.is_cuda or _has_kernels(a)):
         if recorded(a, gate, b):
             return derivatives.gated_add(None, a, gate, b, numerics=numerics)
         return implementations.kernels().gated_add.gated_add(a, gate, b, numerics)
@@ -25,7 +25,7 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> 
 
 def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`torch.ops.fusionpass.gate_projected_add`."""
-    if (a.is_cuda or _has_kernels(a)) and plain(x, weight, bias, a, b):
+    if plain(x, weight, bias, a, b) and (a.is_cuda or _has_kernels(a)):
         if recorded(x, weight, bias, a, b):
             return derivatives.gate_projected_add(None, x, weight, bias, a, b)
         return implementations.kernels().gate_projected_add.gate_projected_add(x, weight, bias, a, b)

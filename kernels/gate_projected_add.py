@@ -127,7 +127,7 @@ def _prepared(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tens
             of_x, of_a, of_b, of_y = (
                 row_offset(start + first, tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)
             )
-            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, **options)
+            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (y.dtype, *numbers), **options)
             launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y]))
     return prepared(launches)
 

@@ -32,7 +32,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "programs"])  # one variant for any number of rows
 def gate_projected_add_backward_kernel(
     DY, X, W, BIAS, B, DX, DB, SUMS, BIAS_SUMS, rows, programs,
     HAS_BIAS: tl.constexpr, HAS_SUMS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
@@ -68,7 +68,7 @@ def gate_projected_add_backward_kernel(
         tl.store(BIAS_SUMS + program, bias_sum)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def sum_rows_kernel(SUMS, Y, rows, INTERPRETED: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """y[k] = sum of sums[:, k], BLOCK columns a program, ROWS rows at a time."""
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -123,9 +123,11 @@ def _prepared(dy: Tensor, x: Tensor, bias: Tensor | None, need_weight: bool) -> 
     wide = needs_int64(rows * max(k, h) + max(block_k, block_h))
     constants = (bias is not None, need_weight, wide, dy.dtype == torch.float32, INTERPRETED, k, h, block_k, block_h)
     device = dy.get_device()
-    call = Launch(gate_projected_add_backward_kernel, device, programs, (rows, programs, *constants), num_warps=warps)
+    arguments, compiled_for = (rows, programs, *constants), (dy.dtype, *constants)
+    call = Launch(gate_projected_add_backward_kernel, device, programs, arguments, compiled_for, num_warps=warps)
     constants = (INTERPRETED, k, SUM_ROWS, SUM_COLUMNS)
-    summing = Launch(sum_rows_kernel, device, triton.cdiv(k, SUM_COLUMNS), (programs, *constants))
+    blocks = triton.cdiv(k, SUM_COLUMNS)
+    summing = Launch(sum_rows_kernel, device, blocks, (programs, *constants), (dy.dtype, *constants))
     return call, summing, programs
 
 

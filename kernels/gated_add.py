@@ -52,7 +52,7 @@ def combined(a, g, b, dtype: tl.constexpr, EAGER: tl.constexpr, PRECISE: tl.cons
     return rounded(widened(a, INTERPRETED) + p, dtype, INTERPRETED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])  # one variant for any number of rows
 def gated_add_rows_kernel(
     A, G, B, Y, numel, a_row, g_row, b_row, y_row,
     H: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, EAGER: tl.constexpr, PRECISE: tl.constexpr,
@@ -132,7 +132,7 @@ def gated_add_kernel(
     tl.store(Y + offset(i0, i1, i2, i3, y0, y1, y2, y3, DIMS), y, mask=inside)
 
 
-def _rows_launch(device, sizes, strides, shape, eager, precise) -> Launch | None:
+def _rows_launch(device, dtype, sizes, strides, shape, eager) -> Launch | None:
     """The launch over rows of neighbours with one logit each; None for any other layout.
 
     Rows must be those of the tensor: H is compiled in, and a size that changes from call to call must not be.
@@ -150,22 +150,27 @@ def _rows_launch(device, sizes, strides, shape, eager, precise) -> Launch | None
         return None
     blocks = triton.cdiv(numel, block) if flat else rows * triton.cdiv(h, block)
     furthest = (last_offset(sizes, operand) + block for operand in strides)
-    constants = (h, flat, needs_int64(max(*furthest, blocks * block)), eager, precise, INTERPRETED, dependent, block)
+    wide = needs_int64(max(*furthest, blocks * block))
+    constants = (h, flat, wide, eager, _precise(dtype, eager), INTERPRETED, dependent, block)
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), **options)
+    compiled_for = (dtype, needs_int64(numel), a, g, b, y, *constants)
+    return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), compiled_for, **options)
+
+
+def _precise(dtype: torch.dtype, eager: bool) -> bool:
+    """In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not."""
+    return eager or dtype == torch.float32
 
 
 def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> Launch | Launches:
     eager = numerics == "eager"
-    # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
-    precise = eager or y.dtype == torch.float32
     shape = tuple(a.shape)
     strides = a.stride(), broadcast_strides(shape, gate.shape, gate.stride()), b.stride(), y.stride()
     sizes, strides = collapse(shape, *strides, order=y.stride())
     device = y.get_device()
-    rows = _rows_launch(device, sizes, strides, shape, eager, precise)
+    rows = _rows_launch(device, y.dtype, sizes, strides, shape, eager)
     if rows is not None:
         return rows
     if not sizes:
@@ -182,9 +187,10 @@ def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> L
     numbers = ([1] * (LOOPS - dims) + sizes)[1:]
     for operand in strides:
         numbers += [0] * (LOOPS - dims) + operand
-    constants = (dims, wide, eager, precise, INTERPRETED, BLOCK)
+    constants = (dims, wide, eager, _precise(y.dtype, eager), INTERPRETED, BLOCK)
     blocks = triton.cdiv(numel, BLOCK)  # the grid's limit, 2**31 - 1 blocks, is 2**41 elements
-    launch = Launch(gated_add_kernel, device, blocks, (numel, *numbers, *constants), enable_fp_fusion=not eager)
+    arguments = (numel, *numbers, *constants)
+    launch = Launch(gated_add_kernel, device, blocks, arguments, (y.dtype, *arguments), enable_fp_fusion=not eager)
     return prepared([(launch, each) for each in offsets])
 
 

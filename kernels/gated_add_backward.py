@@ -72,4 +72,5 @@ def _prepared(dy: Tensor) -> Launch:
     block = triton.next_power_of_2(h)
     warps = min(max(1 << (h // COLUMNS_PER_WARP).bit_length() >> 1, 1), MOST_WARPS)
     constants = (h, needs_int64(rows * h + block), dy.dtype == torch.float32, INTERPRETED, block)
-    return Launch(gated_add_backward_kernel, dy.get_device(), rows, constants, num_warps=warps)
+    compiled_for = (dy.dtype, *constants)
+    return Launch(gated_add_backward_kernel, dy.get_device(), rows, constants, compiled_for, num_warps=warps)

@@ -47,16 +47,29 @@ def _launcher(compiled: Any) -> tuple[Callable, tuple]:
     return run, (compiled.function, *unheard)
 
 
+# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Kernels are not freed.
+_variants: dict[tuple, dict[Any, tuple[Callable, tuple]]] = {}
+
+
 class Launch:
     """One kernel over `blocks` programs, with every argument but its pointers, on tensors of one device.
 
     `device` is its index, -1 for the CPU. `arguments` are in the kernel's order, constexprs included, and follow the
-    pointers.
+    pointers. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
+    so that a new number of rows, which is in none of it, costs no look at the arguments either.
     """
 
     __slots__ = ("_arguments", "_blocks", "_device", "_elsewhere", "_kernel", "_options", "_variants")
 
-    def __init__(self, kernel: Any, device: int, blocks: int, arguments: Sequence[int | bool], **options: Any):
+    def __init__(
+        self,
+        kernel: Any,
+        device: int,
+        blocks: int,
+        arguments: Sequence[int | bool],
+        compiled_for: tuple,
+        **options: Any,
+    ):
         self._kernel = kernel
         self._device = device
         self._elsewhere = (
@@ -65,7 +78,7 @@ class Launch:
         self._blocks = blocks
         self._arguments = tuple(arguments)
         self._options = options
-        self._variants: dict[Any, tuple[Callable, tuple]] = {}
+        self._variants = _variants.setdefault((id(kernel), device, compiled_for, *options.items()), {})
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run on the current stream of the device."""

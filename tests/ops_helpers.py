@@ -125,8 +125,8 @@ def record_launches(monkeypatch, *modules) -> list[Recorded]:
     class Recording(Launch):
         __slots__ = ()
 
-        def __init__(self, kernel, device, blocks, arguments, **options):
-            super().__init__(kernel, device, blocks, arguments, **options)
+        def __init__(self, kernel, device, blocks, arguments, compiled_for, **options):
+            super().__init__(kernel, device, blocks, arguments, compiled_for, **options)
             names = kernel.arg_names[len(kernel.arg_names) - len(arguments) :]
             name = kernel.fn.__name__
             recorded.append(Recorded(name, blocks, dict(zip(names, arguments, strict=True)), options, self))

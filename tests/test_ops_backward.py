@@ -32,7 +32,8 @@ projected_backward = torch.ops.fusionpass._gate_projected_add_backward.default
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")  # NumPy, of inf and nan
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 biases = pytest.mark.parametrize("bias", [None, (1,)], ids=["no bias", "bias"])
-UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+UTILS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+MANY = 300 if DEVICE == "cuda" else 40  # rows, more than there are programs; the interpreter is slow
 
 
 def normal(dtype=torch.float32, seed=0):
@@ -129,7 +130,7 @@ def check_projected(dy, x, weight, bias, b, need_weight=True):
 
 # The kernels.
 
-GATED_SHAPES = [(1, 1), (5, 7), (2, 64), (300, 64), (2, 3, 300), (1, 1023), (2, 3000), (1, 8192), (64,), (3, 1)]
+GATED_SHAPES = [(1, 1), (5, 7), (2, 64), (MANY, 64), (2, 3, 300), (1, 1023), (2, 3000), (1, 8192), (64,), (3, 1)]
 
 
 @dtypes
@@ -147,7 +148,7 @@ PROJECTED_SHAPES = {  # rows, K, H
     "K > H": ((5,), 300, 7),
     "3-d, H 1": ((2, 3), 64, 1),
     "K 1": ((3,), 1, 64),
-    "many rows": ((300,), 7, 64),
+    "many rows": ((MANY,), 7, 64),
     "odd": ((2,), 1023, 65),
     "wide": ((3,), 64, 3000),
     "no leading dims": ((), 8, 8),
@@ -179,9 +180,9 @@ def test_weights_and_biases(nan_filled, weight, bias, need_weight):
 @dtypes
 def test_sums_of_many_programs(nan_filled, monkeypatch, dtype):
     """More programs than the last kernel sums at a time, and more columns than one of its programs takes."""
-    monkeypatch.setattr(projected_kernel, "PROGRAMS_PER_MULTIPROCESSOR", 100)
+    monkeypatch.setattr(projected_kernel, "PROGRAMS_PER_MULTIPROCESSOR", 70)
     recorded = record_launches(monkeypatch, projected_kernel)
-    rows, k = projected_kernel.SUM_ROWS + 86, 2 * projected_kernel.SUM_COLUMNS + 6
+    rows, k = projected_kernel.SUM_ROWS + 9, 2 * projected_kernel.SUM_COLUMNS + 6
     check_projected(*projected_operands(normal(dtype), (rows,), k, 3))
     main, summing = recorded
     assert main.blocks > projected_kernel.SUM_ROWS and summing.blocks == 3
@@ -276,7 +277,7 @@ def test_gate_projected_add_backward_of_other_layouts(monkeypatch, dtype, bias, 
 
 def special_values(dtype):
     info = torch.finfo(dtype)
-    finite = [0.0, -0.0, 1.0, -1.5, 1000.0, -1000.0, info.tiny, info.max]
+    finite = [0.0, -0.0, -1.5, 1000.0, info.max]
     values = torch.tensor([*finite, float("inf"), float("-inf"), float("nan")], dtype=dtype, device=DEVICE)
     return [t.unsqueeze(-1) for t in torch.cartesian_prod(values, values, values).unbind(1)]
 
@@ -346,7 +347,7 @@ def implementation(request, monkeypatch):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_opcheck_layouts(implementation, name):
+def test_opcheck_layouts(name):
     make, lay = normal(), LAYOUTS[name]
     opcheck(gated_backward, (lay(make, (4, 8)), make((4, 1)), make((4, 8))), test_utils=UTILS)
     opcheck(gated_backward, (make((4, 8)), lay(make, (4, 1)), lay(make, (4, 8))), test_utils=UTILS)
@@ -357,7 +358,7 @@ def test_opcheck_layouts(implementation, name):
 
 
 @pytest.mark.parametrize("rows", [0, 1])
-def test_opcheck_few_rows(implementation, rows):
+def test_opcheck_few_rows(rows):
     make = normal()
     opcheck(gated_backward, (make((rows, 8)), make((rows, 1)), make((rows, 8))), test_utils=UTILS)
     opcheck(projected_backward, (*projected_operands(make, (rows,)), True), test_utils=UTILS)
@@ -433,11 +434,15 @@ def test_gated_add_gradients_that_are_needed(monkeypatch, wanted):
         assert_no_worse(got[i], eagers[i], truths[i], slacks[i])
 
 
-@biases
-@pytest.mark.parametrize("wanted", subsets(5), ids=named(["x", "weight", "bias", "a", "b"]))
+WITHOUT_BIAS = [wanted for wanted in subsets(5) if 2 not in wanted]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "bias"),
+    [*((wanted, (1,)) for wanted in subsets(5)), *((wanted, None) for wanted in WITHOUT_BIAS)],
+    ids=lambda value: "no bias" if value is None else str(value),
+)
 def test_gate_projected_add_gradients_that_are_needed(monkeypatch, wanted, bias):
-    if bias is None and 2 in wanted:
-        pytest.skip("no bias to differentiate by")
     make = normal()
     dy, x, weight, bias, b = projected_operands(make, bias=bias)
     inputs = x, weight, bias, make(b.shape), b
@@ -559,13 +564,14 @@ def test_no_more_memory_is_saved_than_by_eager(which, wanted):
 
 @full
 def test_compiled_training_runs_the_op(op, expression, backward, shapes, a):
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
     targets = []
 
     def keep(graph_module, example_inputs):
         targets.extend(node.target for node in graph_module.graph.nodes)
-        return graph_module
+        return make_boxed_func(graph_module)
 
     compiled = torch.compile(
         lambda *t: op(*t), backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True
