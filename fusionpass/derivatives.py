@@ -68,6 +68,8 @@ _IMPLEMENTATIONS = {
     (library.gated_add, "CPU"): implementations.gated_add_cpu,
     (library.gated_add, "CUDA"): implementations.gated_add_cuda,
     (library.gate_projected_add, "CPU"): implementations.gate_projected_add_cpu,
+    (library.gate_projected_add_and_logit, "CPU"): implementations.gate_projected_add_and_logit_cpu,
+    (library.gate_projected_add_and_logit, "CUDA"): implementations.gate_projected_add_and_logit_cuda,
     (library.gate_projected_add, "CUDA"): implementations.gate_projected_add_cuda,
 }
 
@@ -107,23 +109,39 @@ class _GatedAdd(torch.autograd.Function):
 
 
 class _GateProjectedAdd(torch.autograd.Function):
+    """(y, logit). What it saves is what the unfused nodes save, with the logit for its sigmoid.
+
+    The logit is a result so that a second derivative, which also goes through it, finds its way back.
+    """
+
     @staticmethod
     def forward(ctx, keyset, x, weight, bias, a, b):
         need_x, need_weight, need_bias, _, need_b = ctx.needs_input_grad[1:]
         need_logit = need_x or need_weight or need_bias
-        kept = (x, weight, bias) if need_logit or need_b else (None, None, None)
-        ctx.save_for_backward(*kept, b if need_logit else None)
-        return _below_autograd(library.gate_projected_add, keyset, x, weight, bias, a, b)
+        ctx.set_materialize_grads(False)
+        ctx.rows = x.shape[:-1]
+        ctx.shapes = weight.shape, None if bias is None else bias.shape
+        if not (need_logit or need_b):
+            return _below_autograd(library.gate_projected_add, keyset, x, weight, bias, a, b), None
+        y, logit = _below_autograd(library.gate_projected_add_and_logit, keyset, x, weight, bias, a, b)
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None, logit, b if need_logit else None)
+        return y, logit
 
     @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias, b = ctx.saved_tensors
+    def backward(ctx, dy, dlogit):
         need_x, need_weight, need_bias, need_a, need_b = needs = ctx.needs_input_grad[1:]
-        if need_x and need_b and not torch.is_grad_enabled():
-            dx, dweight, dbias, db = library.gate_projected_add_backward(dy, x, weight, bias, b, need_weight)
-            given = dx, dweight if need_weight else None, dbias if need_bias else None, dy if need_a else None, db
-            return None, *given
-        return None, *aten.gate_projected_add_gradients(dy, x, weight, bias, b, needs)
+        if not (need_x or need_weight or need_bias or need_b):
+            return None, None, None, None, dy, None
+        x, weight, logit, b = ctx.saved_tensors
+        if need_x and need_b and dy is not None and dlogit is None and not torch.is_grad_enabled():
+            dx, dweight, dbias, db = library.gate_projected_add_backward(dy, x, weight, logit, b, ctx.rows, need_bias)
+            da = dy if need_a else None
+        else:
+            dx, dweight, dbias, da, db = aten.gate_projected_add_gradients(dy, dlogit, x, weight, logit, b, needs)
+            dx = None if dx is None else dx.reshape(*ctx.rows, dx.shape[-1])
+        weight_shape, bias_shape = ctx.shapes
+        dweight = dweight.reshape(weight_shape) if need_weight else None
+        return None, dx, dweight, dbias.reshape(bias_shape) if need_bias else None, da, db
 
 
 def gated_add(keyset, a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor:
@@ -142,5 +160,5 @@ def gate_projected_add(keyset, x: Tensor, weight: Tensor, bias: Tensor | None, a
         contract.check_gate_projected_add(x, weight, bias, a, b)
         return aten.gate_projected_add_expression(x, weight, bias, a, b)
     if recorded(x, weight, bias, a, b):
-        return _GateProjectedAdd.apply(keyset, x, weight, bias, a, b)
+        return _GateProjectedAdd.apply(keyset, x, weight, bias, a, b)[0]
     return _below_autograd(library.gate_projected_add, keyset, x, weight, bias, a, b)

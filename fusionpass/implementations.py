@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
@@ -105,32 +106,53 @@ def gate_projected_add_fake(x: Tensor, weight: Tensor, bias: Tensor | None, a: T
     return a + torch.sigmoid(a.new_empty((*a.shape[:-1], 1))) * b
 
 
+def gate_projected_add_and_logit_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return kernels().gate_projected_add.gate_projected_add_and_logit(x, weight, bias, a, b)
+
+
+def gate_projected_add_and_logit_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    if interpreted():
+        return gate_projected_add_and_logit_cuda(x, weight, bias, a, b)
+    contract.check_gate_projected_add(x, weight, bias, a, b)
+    return aten.gate_projected_add_and_logit(x, weight, bias, a, b)
+
+
+def gate_projected_add_and_logit_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    return gate_projected_add_fake(x, weight, bias, a, b), a.new_empty((*a.shape[:-1], 1))
+
+
 def gate_projected_add_backward_cuda(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor, rows: Sequence[int], need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = kernels().gate_projected_add_backward
-    if kernel.fits(dy, x, weight, b):
-        return _all_tensors(x, *kernel.gradients(dy, x, weight, bias, b, need_weight))
-    return gate_projected_add_backward_aten(dy, x, weight, bias, b, need_weight)
+    if kernel.fits(dy, x, weight, logit, b):
+        return _all_tensors(*kernel.gradients(dy, x, weight, logit, b, rows, need_bias))
+    return gate_projected_add_backward_aten(dy, x, weight, logit, b, rows, need_bias)
 
 
 def gate_projected_add_backward_cpu(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor, rows: Sequence[int], need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = gate_projected_add_backward_cuda if interpreted() else gate_projected_add_backward_aten
-    return run(dy, x, weight, bias, b, need_weight)
+    return run(dy, x, weight, logit, b, rows, need_bias)
 
 
 def gate_projected_add_backward_aten(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor, rows: Sequence[int], need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    needs = True, need_weight, bias is not None, False, True
-    dx, dweight, dbias, _, db = aten.gate_projected_add_gradients(dy, x, weight, bias, b, needs)
-    return _all_tensors(x, dx, dweight, dbias, db)
+    needs = True, x is not None, need_bias, False, True
+    dx, dweight, dbias, _, db = aten.gate_projected_add_gradients(dy, None, x, weight, logit, b, needs)
+    return _all_tensors(dx.reshape(*rows, weight.numel()).contiguous(), dweight, dbias, db)
 
 
 def _all_tensors(
-    x: Tensor, dx: Tensor, dweight: Tensor | None, dbias: Tensor | None, db: Tensor
+    dx: Tensor, dweight: Tensor | None, dbias: Tensor | None, db: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An op has no optional results: one that was not asked for is an empty tensor."""
-    return dx, x.new_empty(0) if dweight is None else dweight, x.new_empty(0) if dbias is None else dbias, db
+    return dx, dx.new_empty(0) if dweight is None else dweight, dx.new_empty(0) if dbias is None else dbias, db

@@ -14,12 +14,14 @@ for _schema in (
     "gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> Tensor",
     "_gated_add_out(Tensor a, Tensor gate, Tensor b, Tensor(a!) out) -> ()",
     "_gated_add_backward(Tensor dy, Tensor gate, Tensor b) -> (Tensor, Tensor)",
-    "_gate_projected_add_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor b, bool need_weight)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "_gate_projected_add_and_logit(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    "_gate_projected_add_backward(Tensor dy, Tensor? x, Tensor weight, Tensor logit, Tensor b, SymInt[] rows, "
+    "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
 ):
     LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))  # held by opcheck in the tests
 gated_add = torch.ops.fusionpass.gated_add.default
 gate_projected_add = torch.ops.fusionpass.gate_projected_add.default
 gated_add_out = torch.ops.fusionpass._gated_add_out.default
 gated_add_backward = torch.ops.fusionpass._gated_add_backward.default
+gate_projected_add_and_logit = torch.ops.fusionpass._gate_projected_add_and_logit.default
 gate_projected_add_backward = torch.ops.fusionpass._gate_projected_add_backward.default

@@ -3,6 +3,7 @@
     fusionpass::gated_add            y = a + sigmoid(gate) * b
     fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b
     fusionpass::_gated_add_out       the first, written into a given tensor; behind `gated_add(..., out=)`
+    fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
     fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
 
 All but the third are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two are
@@ -25,6 +26,7 @@ for _name in (
     "_gated_add_out",
     "_gated_add_backward",
     "gate_projected_add",
+    "_gate_projected_add_and_logit",
     "_gate_projected_add_backward",
 ):
     for _device in ("CPU", "CUDA"):
@@ -34,6 +36,7 @@ library.LIBRARY.impl("gate_projected_add", derivatives.gate_projected_add, "Auto
 for _name, _fake in (
     ("gated_add", implementations.gated_add_fake),
     ("gate_projected_add", implementations.gate_projected_add_fake),
+    ("_gate_projected_add_and_logit", implementations.gate_projected_add_and_logit_fake),
     ("_gated_add_out", lambda a, gate, b, out: None),
     ("_gated_add_backward", implementations.gated_add_backward_aten),
     ("_gate_projected_add_backward", implementations.gate_projected_add_backward_aten),

@@ -73,12 +73,30 @@ def gated_add_into(out: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: st
 
 def gate_projected_add_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
     """Write a + sigmoid(x . weight + bias) * b into `out`, of any strides."""
+    torch.add(a, torch.sigmoid(_projected(x, weight, bias, a)) * b, out=out)
+
+
+def gate_projected_add_and_logit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """a + sigmoid(x . weight + bias) * b and the logit [..., 1] in the dtype, two new tensors."""
+    y, logit = empty_row_gated_sum(a, b), _projected(x, weight, bias, a)
+    torch.add(a, torch.sigmoid(logit) * b, out=y)
+    return y, logit.to(a.dtype, copy=True)
+
+
+def projected_logit(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Tensor:
+    """x . weight + bias, rounded once to the dtype, [..., 1] for the rows of `a`."""
+    return _projected(x, weight, bias, a).to(a.dtype, copy=True)
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Tensor:
+    """The same in fp32."""
     rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
     logit = torch.mv(rows.float(), weight.reshape(-1).float())
     if bias is not None:
         logit = logit + bias.reshape(1)
-    gate = logit.reshape(*a.shape[:-1], 1)
-    torch.add(a, torch.sigmoid(gate) * b, out=out)
+    return logit.reshape(*a.shape[:-1], 1)
 
 
 def gated_add_gradients(
@@ -102,37 +120,36 @@ def gated_add_gradients(
 
 
 def gate_projected_add_gradients(
-    dy: Tensor,
+    dy: Tensor | None,
+    dlogit: Tensor | None,
     x: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
+    logit: Tensor,
     b: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, da, db) of gate_projected_add; None where `needs` says so. da alone reads no operand, and b
-    is read for the first three only.
+    """(dx, dweight, dbias, da, db) of gate_projected_add and its logit; None where `needs` says so.
 
-    da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x
+    dweight is flat, dbias has one element. Only dweight reads x, only dx reads the weight, and only these two and dbias
+    read b. dlogit is what reaches the logit itself, from a second derivative.
 
-    The logit is recomputed in the dtype by the matrix product that the unfused graph would have run.
+    da = dy;  db = dy * s;  dl = rowsum(dy * b) * s * (1 - s) + dlogit;  dx = dl . weight;  dweight = dl^T . x
     """
     need_x, need_weight, need_bias, need_a, need_b = needs
-    da = dy if need_a else None
-    if not (need_x or need_weight or need_bias or need_b):
-        return None, None, None, da, None
-    row = weight.reshape(1, -1)
-    logit = linear(x, row, None if bias is None else bias.reshape(1))
-    s = torch.sigmoid(logit.reshape(*dy.shape[:-1], 1).float())
-    db = (dy * s).to(dy.dtype) if need_b else None
+    s = torch.sigmoid(logit.float())
+    db = (dy * s).to(dy.dtype) if need_b and dy is not None else None
     dx = dweight = dbias = None
     if need_x or need_weight or need_bias:
-        ds = (dy.float() * b).sum(-1, keepdim=True)
-        dlogit = torch.ops.aten.sigmoid_backward(ds, s).reshape(*x.shape[:-1], 1)
+        dl = None if dlogit is None else dlogit.float()
+        if dy is not None:
+            ds = (dy.float() * b).sum(-1, keepdim=True)
+            through = torch.ops.aten.sigmoid_backward(ds, s)
+            dl = through if dl is None else dl + through
         if need_x:
-            dx = (dlogit * row).to(x.dtype)
+            dx = (dl * weight.reshape(-1)).to(weight.dtype)
         if need_weight:
             rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-            dweight = (dlogit.reshape(1, -1) @ rows.float()).to(weight.dtype).reshape(weight.shape)
+            dweight = (dl.reshape(1, -1) @ rows.float()).to(x.dtype).reshape(-1)
         if need_bias:
-            dbias = dlogit.sum().to(bias.dtype).reshape(bias.shape)
-    return dx, dweight, dbias, da, db
+            dbias = dl.sum().to(logit.dtype).reshape(1)
+    return dx, dweight, dbias, dy if need_a else None, db

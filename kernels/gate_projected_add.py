@@ -47,17 +47,18 @@ def dot(X, W, x_col, w_col, lane, K: tl.constexpr, BLOCK: tl.constexpr, INTERPRE
     terms = tl.zeros([BLOCK], tl.float32)
     for start in range(0, K, BLOCK):
         k = start + lane
-        x = tl.load(X + k * x_col, mask=k < K, other=0.0, eviction_policy="evict_first")
-        w = tl.load(W + k * w_col, mask=k < K, other=0.0, eviction_policy="evict_last")
+        x = tl.load(X + k * x_col, mask=k < K, other=0.0)
+        w = tl.load(W + k * w_col, mask=k < K, other=0.0)
         terms += widened(x, INTERPRETED) * widened(w, INTERPRETED)
     return tl.sum(terms)
 
 
 @triton.jit
 def gate_projected_add_kernel(
-    X, W, BIAS, A, B, Y, x_row, x_col, w_col, a_row, a_col, b_row, b_col, y_row, y_col,
-    HAS_BIAS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr, INTERPRETED: tl.constexpr,
-    DEPENDENT: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
+    X, W, BIAS, A, B, Y, LOGIT, x_row, x_col, w_col, a_row, a_col, b_row, b_col, y_row, y_col,
+    HAS_BIAS: tl.constexpr, KEEP_LOGIT: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr,
+    K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program computes one row's logit and BLOCK_H of its results; a and b are on their way during the dot product.
 
@@ -75,12 +76,14 @@ def gate_projected_add_kernel(
     if DEPENDENT:
         gdc_wait()  # nothing before this reads or writes memory, the weight included
         gdc_launch_dependents()
-    # Read for the last time, so first to leave the L2 cache: 32 x 2048 takes 2.16 us, and 2.49 without (H200).
-    a = tl.load(A + row * a_row + h * a_col, mask=h < H, other=0.0, eviction_policy="evict_first")
-    b = tl.load(B + row * b_row + h * b_col, mask=h < H, other=0.0, eviction_policy="evict_first")
+    a = tl.load(A + row * a_row + h * a_col, mask=h < H, other=0.0)
+    b = tl.load(B + row * b_row + h * b_col, mask=h < H, other=0.0)
     logit = dot(X + row * x_row, W, x_col, w_col, lane, K, BLOCK_K, INTERPRETED)
     if HAS_BIAS:
         logit += widened(tl.load(BIAS), INTERPRETED)
+    if KEEP_LOGIT:
+        first = tl.program_id(0) % programs == 0
+        tl.store(LOGIT + row, rounded(logit, Y.dtype.element_ty, INTERPRETED), mask=first)
     y = widened(a, INTERPRETED) + sigmoid(logit, PRECISE, INTERPRETED) * widened(b, INTERPRETED)
     tl.store(Y + row * y_row + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H)
 
@@ -97,7 +100,9 @@ def column_stride(weight: Tensor) -> int:
     return weight.stride(0) if weight.dim() == 1 or weight.shape[1] == 1 else weight.stride(1)
 
 
-def _prepared(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Launch | Launches:
+def _prepared(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, keep_logit: bool = False
+) -> Launch | Launches:
     k, h = x.shape[-1], a.shape[-1]
     run, rows = row_runs(*((tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)))
     columns = [tensor.stride(-1) for tensor in (x, a, b, y)]
@@ -106,6 +111,8 @@ def _prepared(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tens
     count = prod(a.shape[:-1])
     if count <= FEW_ROWS:
         block_h = max(block_h // SPLIT, 1)
+    if count == 1 and block_k < BLOCK_LIMIT:
+        warps = max(warps // 2, 1)  # fewer to sum over: 1 x 4096 takes 1.50 us, and 1.59 with all of them
     w_col = column_stride(weight)
     # Lanes past the end are masked, and their offsets still must not wrap around.
     idle = [block_k * columns[0], block_k * w_col, *(block_h * column for column in columns[1:])]
@@ -117,7 +124,7 @@ def _prepared(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tens
     precise = y.dtype == torch.float32
     device = y.get_device()
     dependent = dependent_launch(device)
-    numbers += [bias is not None, wide, precise, INTERPRETED, dependent, k, h, block_k, block_h]
+    numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent, k, h, block_k, block_h]
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     programs = triton.cdiv(h, block_h)
     launches = []
@@ -128,12 +135,13 @@ def _prepared(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tens
                 row_offset(start + first, tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)
             )
             launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (y.dtype, *numbers), **options)
-            launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y]))
+            launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y, start + first if keep_logit else 0]))
     return prepared(launches)
 
 
 _into = Calls()
 _fresh = Calls()
+_with_logit = Calls()
 
 
 def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -142,7 +150,7 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
         return
     key = layouts(x, weight, bias, a, b, y)
     call = _into.get(key) or _into.keep(key, _prepared(y, x, weight, bias, a, b))
-    call(x, weight, weight if bias is None else bias, a, b, y)
+    call(x, weight, weight if bias is None else bias, a, b, y, y)
 
 
 def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -166,5 +174,29 @@ def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor
     result, call = known
     y = result.empty(a)
     if call is not None:
-        call(x, weight, weight if bias is None else bias, a, b, y)
+        call(x, weight, weight if bias is None else bias, a, b, y, y)
     return y
+
+
+def gate_projected_add_and_logit(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and the gate logit [..., 1], rounded to the dtype, which the gradients need.
+
+    Raises:
+        RuntimeError: outside the op's contract.
+    """
+    key = layouts(x, weight, bias, a, b)
+    known = _with_logit.get(key)
+    if known is None:
+        contract.check_gate_projected_add(x, weight, bias, a, b)
+        y = aten.empty_row_gated_sum(a, b)
+        call = _prepared(y, x, weight, bias, a, b, keep_logit=True) if y.numel() else None
+        known = _with_logit.keep(key, (Result(a, y.stride()), call))
+    result, call = known
+    y = result.empty(a)
+    if call is None:
+        return y, aten.projected_logit(x, weight, bias, a)
+    logit = torch.empty((*a.shape[:-1], 1), dtype=a.dtype, device=a.device)
+    call(x, weight, weight if bias is None else bias, a, b, y, logit)
+    return y, logit

@@ -1,18 +1,20 @@
 """gate_projected_add_backward, all of it in one pass over memory and one small sum
 
     db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x
-    dbias = sum(dlogit);  s = sigmoid(x . weight + bias)
+    dbias = sum(dlogit);  s = sigmoid(logit)
 
-shapes    dy, b, db: [..., H]   x, dx: [..., K], as many rows   weight, dweight: K elements   bias: one element or None
+shapes    dy, b, db: [..., H]   logit: [..., 1]   dx, x: [..., K]   weight, dweight: K elements   dbias: [1]
+          x is None where the weight needs no gradient
 strides   contiguous; H and K up to 8192. Any other layout takes the same formulas in ATen
 dtypes    bf16, fp16, fp32, one for all; arithmetic, sums over a row and over rows in fp32, one rounding at the store
 order     dweight sums the rows of each program in order, then the programs' sums in order: the same bits on every run
-traffic   (rows * (3 * H + 2 * K) + 2 * K) * itemsize + 8 * programs * K; eager moves rows * (7 * H + 3 * K) * itemsize
-          in nine kernels. The logit is computed again: x is read anyway, and eager saves it too
+traffic   (rows * (3 * H + 2 * K + 1) + 2 * K) * itemsize + 8 * programs * K; eager moves rows * (7 * H + 3 * K) * itemsize
+          in nine kernels
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -34,8 +36,8 @@ SUM_ROWS, SUM_COLUMNS = 64, 32
 
 @triton.jit(do_not_specialize=["rows", "programs"])  # one variant for any number of rows
 def gate_projected_add_backward_kernel(
-    DY, X, W, BIAS, B, DX, DB, SUMS, BIAS_SUMS, rows, programs,
-    HAS_BIAS: tl.constexpr, HAS_SUMS: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    DY, X, W, LOGIT, B, DX, DB, SUMS, BIAS_SUMS, rows, programs,
+    NEED_BIAS: tl.constexpr, NEED_WEIGHT: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program computes every `programs`-th row and keeps its share of dweight in registers until the end."""
@@ -50,21 +52,18 @@ def gate_projected_add_backward_kernel(
         row = i
         if WIDE:
             row = row.to(tl.int64)
-        x = widened(tl.load(X + row * K + k, mask=k < K, other=0.0, eviction_policy="evict_first"), INTERPRETED)
-        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)  # da is dy: it is read again
-        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0, eviction_policy="evict_first"), INTERPRETED)
-        logit = tl.sum(x * w)
-        if HAS_BIAS:
-            logit += widened(tl.load(BIAS), INTERPRETED)
-        s = sigmoid(logit, PRECISE, INTERPRETED)
+        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+        s = sigmoid(widened(tl.load(LOGIT + row), INTERPRETED), PRECISE, INTERPRETED)
         tl.store(DB + row * H + h, rounded(dy * s, dtype, INTERPRETED), mask=h < H)
         dlogit = tl.sum(dy * b) * s * (1.0 - s)
         tl.store(DX + row * K + k, rounded(dlogit * w, dtype, INTERPRETED), mask=k < K)
-        sums += dlogit * x
+        if NEED_WEIGHT:
+            sums += dlogit * widened(tl.load(X + row * K + k, mask=k < K, other=0.0), INTERPRETED)
         bias_sum += dlogit
-    if HAS_SUMS:
+    if NEED_WEIGHT:
         tl.store(SUMS + program * K + k, sums, mask=k < K)
-    if HAS_BIAS:
+    if NEED_BIAS:
         tl.store(BIAS_SUMS + program, bias_sum)
 
 
@@ -80,15 +79,16 @@ def sum_rows_kernel(SUMS, Y, rows, INTERPRETED: tl.constexpr, K: tl.constexpr, R
     tl.store(Y + k, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=k < K)
 
 
-def fits(dy: Tensor, x: Tensor, weight: Tensor, b: Tensor) -> bool:
+def fits(dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor) -> bool:
     """Whether the kernels take these layouts; shapes, dtypes and devices are the caller's to check."""
     return (
-        0 < x.shape[-1] <= COLUMNS_LIMIT
+        0 < weight.numel() <= COLUMNS_LIMIT
         and 0 < dy.shape[-1] <= COLUMNS_LIMIT
-        and 0 < prod(dy.shape[:-1]) < 2**31 - 2**16
+        and 0 < logit.numel() < 2**31 - 2**16
         and dy.is_contiguous()
-        and x.is_contiguous()
+        and (x is None or x.is_contiguous())
         and weight.is_contiguous()
+        and logit.is_contiguous()
         and b.is_contiguous()
     )
 
@@ -97,31 +97,33 @@ _calls = Calls()
 
 
 def gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, need_weight: bool
+    dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor, rows: Sequence[int], need_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """(dx, dweight, dbias, db), new tensors, of operands that fit; dweight is None where it is not needed."""
-    key = (need_weight, *layouts(dy, x, weight, bias, b))
-    call, summing, programs = _calls.get(key) or _calls.keep(key, _prepared(dy, x, bias, need_weight))
-    k = x.shape[-1]
-    dx, db = torch.empty_like(x), torch.empty_like(b)
-    sums = torch.empty((programs, k), dtype=torch.float32, device=x.device) if need_weight else dx
-    bias_sums = dx if bias is None else torch.empty(programs, dtype=torch.float32, device=x.device)
-    call(dy, x, weight, weight if bias is None else bias, b, dx, db, sums, bias_sums)
-    dweight = dbias = None
-    if need_weight:
-        dweight = torch.empty_like(weight)
+    """(dx, dweight, dbias, db), new tensors, of operands that fit; dweight is flat, and None where x is.
+
+    rows: the leading dims of dx.
+    """
+    key = (need_bias, *layouts(dy, x, weight, logit, b))
+    call, summing, programs = _calls.get(key) or _calls.keep(key, _prepared(dy, x, weight, need_bias))
+    k, memory = weight.numel(), {"dtype": torch.float32, "device": dy.device}
+    dx = torch.empty((*rows, k), dtype=dy.dtype, device=dy.device)
+    db = torch.empty_like(b)
+    sums = dx if x is None else torch.empty((programs, k), **memory)
+    bias_sums = torch.empty(programs, **memory) if need_bias else dx
+    call(dy, dy if x is None else x, weight, logit, b, dx, db, sums, bias_sums)
+    dweight = None
+    if x is not None:
+        dweight = torch.empty(k, dtype=dy.dtype, device=dy.device)
         summing(sums, dweight)
-    if bias is not None:
-        dbias = bias_sums.sum().to(bias.dtype).reshape(bias.shape)
-    return dx, dweight, dbias, db
+    return dx, dweight, bias_sums.sum().to(dy.dtype).reshape(1) if need_bias else None, db
 
 
-def _prepared(dy: Tensor, x: Tensor, bias: Tensor | None, need_weight: bool) -> tuple[Launch, Launch, int]:
-    k, h, rows = x.shape[-1], dy.shape[-1], prod(dy.shape[:-1])
+def _prepared(dy: Tensor, x: Tensor | None, weight: Tensor, need_bias: bool) -> tuple[Launch, Launch, int]:
+    k, h, rows = weight.numel(), dy.shape[-1], prod(dy.shape[:-1])
     block_k, block_h, warps = blocks_and_warps(k, h)
     programs = min(rows, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(dy.device))
     wide = needs_int64(rows * max(k, h) + max(block_k, block_h))
-    constants = (bias is not None, need_weight, wide, dy.dtype == torch.float32, INTERPRETED, k, h, block_k, block_h)
+    constants = (need_bias, x is not None, wide, dy.dtype == torch.float32, INTERPRETED, k, h, block_k, block_h)
     device = dy.get_device()
     arguments, compiled_for = (rows, programs, *constants), (dy.dtype, *constants)
     call = Launch(gate_projected_add_backward_kernel, device, programs, arguments, compiled_for, num_warps=warps)

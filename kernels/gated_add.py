@@ -31,6 +31,9 @@ from .pointers import needs_int64
 # an H200, bf16, against torch.compile's kernel: of 512, 1024 and 2048 elements with 1 to 8 warps the first is within 1%
 # of it or ahead at all of 1 to 64 rows of 2048 to 7168; at 256 x 4096 the second takes 0.90 of its time.
 ROW_BLOCKS = ((2**19, 1024, 8), (None, 2048, 8))
+# Rows are read as one flat piece where blocks of their own would be this much longer: at 3000, not at 5120 and 7168, where
+# one logit for each block beats one for each element.
+MOST_IDLE = 1.25
 BLOCK = 1024  # of any other layout. 4 warps x 32 lanes x 8 elements: one 16-byte access per lane and tensor in bf16
 LOOPS = 4  # dims the kernel for any layout walks itself; the host walks those beyond
 
@@ -52,7 +55,7 @@ def combined(a, g, b, dtype: tl.constexpr, EAGER: tl.constexpr, PRECISE: tl.cons
     return rounded(widened(a, INTERPRETED) + p, dtype, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["numel"])  # one variant for any number of rows
+@triton.jit
 def gated_add_rows_kernel(
     A, G, B, Y, numel, a_row, g_row, b_row, y_row,
     H: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr, EAGER: tl.constexpr, PRECISE: tl.constexpr,
@@ -83,8 +86,8 @@ def gated_add_rows_kernel(
         gdc_wait()  # nothing before this reads or writes memory
         gdc_launch_dependents()
     g = tl.load(G + at_g, mask=inside, other=0.0) if FLAT else tl.load(G + at_g)
-    b = tl.load(B + at_b, mask=inside, other=0.0, eviction_policy="evict_first")  # read for the last time
-    a = tl.load(A + at_a, mask=inside, other=0.0, eviction_policy="evict_first")
+    b = tl.load(B + at_b, mask=inside, other=0.0)
+    a = tl.load(A + at_a, mask=inside, other=0.0)
     tl.store(Y + at_y, combined(a, g, b, Y.dtype.element_ty, EAGER, PRECISE, INTERPRETED), mask=inside)
 
 
@@ -145,17 +148,18 @@ def _rows_launch(device, dtype, sizes, strides, shape, eager) -> Launch | None:
     numel = rows * h
     dependent = dependent_launch(device)
     block, warps = next((block, warps) for most, block, warps in ROW_BLOCKS if most is None or numel <= most)
-    flat = h % block != 0 and (rows == 1 or a == b == y == h)
+    per_row = triton.cdiv(h, block)
+    flat = per_row * block > MOST_IDLE * h and (rows == 1 or a == b == y == h)
     if not flat and h < block:
         return None
-    blocks = triton.cdiv(numel, block) if flat else rows * triton.cdiv(h, block)
+    blocks = triton.cdiv(numel, block) if flat else rows * per_row
     furthest = (last_offset(sizes, operand) + block for operand in strides)
     wide = needs_int64(max(*furthest, blocks * block))
     constants = (h, flat, wide, eager, _precise(dtype, eager), INTERPRETED, dependent, block)
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    compiled_for = (dtype, needs_int64(numel), a, g, b, y, *constants)
+    compiled_for = (dtype, needs_int64(numel), numel % 16 == 0, numel == 1, a, g, b, y, *constants)
     return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), compiled_for, **options)
 
 

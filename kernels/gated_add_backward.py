@@ -35,8 +35,8 @@ def gated_add_backward_kernel(
     if WIDE:
         row = row.to(tl.int64)
     h = tl.arange(0, BLOCK)
-    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)  # da is dy: it is read again
-    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0, eviction_policy="evict_first"), INTERPRETED)
+    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
     s = sigmoid(widened(tl.load(G + row), INTERPRETED), PRECISE, INTERPRETED)
     tl.store(DB + row * H + h, rounded(dy * s, DB.dtype.element_ty, INTERPRETED), mask=h < H)
     dg = tl.sum(dy * b) * s * (1.0 - s)

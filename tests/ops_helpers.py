@@ -140,6 +140,6 @@ def record_launches(monkeypatch, *modules) -> list[Recorded]:
 def forget_calls(monkeypatch, *modules) -> None:
     """What the kernel modules prepared so far is out of sight for this test, and what it prepares is gone after it."""
     for module in modules:
-        for name in ("_calls", "_into", "_fresh"):
+        for name in ("_calls", "_into", "_fresh", "_with_logit"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, Calls())

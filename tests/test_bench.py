@@ -206,7 +206,7 @@ BYTES = {  # at T, H and two bytes each; K = H
     "gated_add": lambda t, h: (3 * t * h + t) * 2,
     "gate_projected_add": lambda t, h: (t * (3 * h + h) + h) * 2,
     "gated_add_backward": lambda t, h: (3 * t * h + 2 * t) * 2,
-    "gate_projected_add_backward": lambda t, h: (t * (3 * h + 2 * h) + 2 * h) * 2,
+    "gate_projected_add_backward": lambda t, h: (t * (3 * h + 2 * h + 1) + 2 * h) * 2,
 }
 
 

@@ -1,4 +1,5 @@
-"""`_gated_add_backward` and `_gate_projected_add_backward`: against float64 and eager's own autograd, and under autograd."""
+"""`_gated_add_backward`, `_gate_projected_add_backward` and `_gate_projected_add_and_logit`: against float64 and eager's
+own autograd, and under autograd."""
 
 from math import prod
 
@@ -22,12 +23,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 from fusionpass import implementations, library
+from fusionpass.kernels import gate_projected_add as forward_kernel
 from fusionpass.kernels import gate_projected_add_backward as projected_kernel
 from fusionpass.kernels import gated_add_backward as gated_kernel
 
 gated_add_op = torch.ops.fusionpass.gated_add.default
 projected_op = torch.ops.fusionpass.gate_projected_add.default
 gated_backward = torch.ops.fusionpass._gated_add_backward.default
+projected_and_logit = torch.ops.fusionpass._gate_projected_add_and_logit.default
 projected_backward = torch.ops.fusionpass._gate_projected_add_backward.default
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")  # NumPy, of inf and nan
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -73,7 +76,8 @@ def double(t):
 # sigmoid: 8 of itself (3 of the approximate exponential, 1 of the sum, 4 of the approximate division), the rounding of
 # the exponential's scaled argument, and the logit's error through its slope of at most 1/4. A row's sum: 16 terms in a
 # thread, 5 steps in a warp, 4 among warps, the product's own and 6 more between blocks, 32. A sum over rows: as many as
-# rows, in sequence, and the 32.
+# rows, in sequence, and the 32. A logit that is off by some amount moves the sigmoid by 1/4 of it at most, and the
+# sigmoid's slope by 1/10 of it: the second derivative is at most 1 / (6 * sqrt(3)).
 SUM = 32
 
 
@@ -84,20 +88,53 @@ def gated_slacks(dy, gate, b):
     return 2 * row * (SUM * ROUNDING / 4 + 2 * sigmoid), 2 * largest(dy) * (sigmoid + ROUNDING)
 
 
-def projected_slacks(dy, x, weight, bias, b):
-    dy, x, weight, bias, b = map(double, (dy, x, weight, bias, b))
-    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-    logit = SUM * ROUNDING * largest((rows.abs() @ weight.abs().reshape(-1)) + (0 if bias is None else bias.abs()))
-    sigmoid = (8 + 30) * ROUNDING + logit / 4  # no logit here is beyond 30, where the slope is 0
-    each = largest((dy * b).abs().sum(-1)) * (SUM * ROUNDING / 4 + 2 * sigmoid)
-    count = rows.shape[0]
-    most = each + largest((dy * b).abs().sum(-1)) / 4 * (SUM + count) * ROUNDING
+def projected_slacks(dy, x, weight, logit, b, off=0.0):
+    """Of dx, dweight, dbias and db, given the logit, which may be off by `off`."""
+    dy, x, weight, logit, b = map(double, (dy, x, weight, logit, b))
+    rows, count = x.reshape(prod(x.shape[:-1]), x.shape[-1]), logit.numel()
+    sigmoid = (8 + largest(logit)) * ROUNDING
+    row = largest((dy * b).abs().sum(-1))
+    each = row * (SUM * ROUNDING / 4 + 2 * sigmoid + off / 10)
+    most = each + row / 4 * (SUM + count) * ROUNDING
     return (
         2 * each * largest(weight) + 2 * ROUNDING * most * largest(weight),
         2 * most * (largest(rows.abs().sum(0)) if rows.numel() else 0.0),
         2 * most * count,
-        2 * largest(dy) * (sigmoid + ROUNDING),
+        2 * largest(dy) * (sigmoid + ROUNDING + off / 4),
     )
+
+
+def projection(x, weight, bias):
+    return torch.nn.functional.linear(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1))
+
+
+def logit_of(dy, x, weight, bias):
+    """As the forward op returns it: in fp32, then rounded to the dtype."""
+    given = (None if t is None else t.float() for t in (x, weight, bias))
+    return projection(*given).to(dy.dtype).reshape(*dy.shape[:-1], 1)
+
+
+def logit_error(x, weight, bias):
+    """How far a dot product in fp32 may be from the exact one."""
+    x, weight, bias = map(double, (x, weight, bias))
+    return SUM * ROUNDING * largest(projection(x.abs(), weight.abs(), None if bias is None else bias.abs()))
+
+
+def off_by_rounding(dy, x, weight, bias):
+    """The same, and its rounding to the dtype, which eager's logit has too but maybe to the other side."""
+    return logit_error(x, weight, bias) + torch.finfo(dy.dtype).eps / 2 * largest(logit_of(dy, x, weight, bias))
+
+
+def gradients_from_logit(dy, x, weight, bias, logit, b):
+    """(dx, dweight, dbias, db) of eager's own autograd where the projection's result is `logit`."""
+    _, dlogit, db = gradients(gated_expression, (torch.zeros_like(dy), logit, b), dy)
+    return *gradients(projection, (x, weight, bias), dlogit.reshape(*x.shape[:-1], 1)), db
+
+
+def backward_operands(dy, x, weight, bias, b, need_weight=True, logit=None):
+    """Of the op, from the forward's, as autograd gives them."""
+    logit = logit_of(dy, x, weight, bias) if logit is None else logit
+    return dy, x if need_weight else None, weight, logit, b, list(x.shape[:-1]), bias is not None
 
 
 def check_gated(dy, gate, b):
@@ -112,20 +149,36 @@ def check_gated(dy, gate, b):
     return got
 
 
-def check_projected(dy, x, weight, bias, b, need_weight=True):
-    a = torch.zeros_like(dy)
-    got = projected_backward(dy, x, weight, bias, b, need_weight)
-    inputs = x, weight, bias, a, b
-    eagers = gradients(projected_expression, inputs, dy)
-    truths = gradients(projected_expression, [double(t) for t in inputs], dy.double())
-    slacks = projected_slacks(dy, x, weight, bias, b)
-    of = (0, 1, 2, 4)
-    for i, mine, slack in zip(of, got, slacks, strict=True):
-        if inputs[i] is None or (i == 1 and not need_weight):
-            assert mine.shape == (0,) and mine.dtype == dy.dtype
-            continue
-        assert mine.shape == inputs[i].shape and mine.dtype == inputs[i].dtype
-        assert_no_worse(mine, eagers[i], truths[i], slack)
+def check_projected(dy, x, weight, bias, b, need_weight=True, logit=None):
+    given = backward_operands(dy, x, weight, bias, b, need_weight, logit)
+    logit = given[3]
+    got = projected_backward(*given)
+    eagers = gradients_from_logit(dy, x, weight, bias, logit, b)
+    truths = gradients_from_logit(*map(double, (dy, x, weight, bias, logit, b)))
+    slacks = projected_slacks(dy, x, weight, logit, b)
+    needed = True, need_weight, bias is not None, True
+    shapes = x.shape, (weight.numel(),), (1,), b.shape
+    for mine, need, shape, eager, truth, slack in zip(got, needed, shapes, eagers, truths, slacks, strict=True):
+        assert mine.dtype == dy.dtype and mine.shape == (shape if need else (0,))
+        if need:
+            assert_no_worse(mine, eager.reshape(shape), truth.reshape(shape), slack)
+    return got
+
+
+def check_projected_autograd(dy, x, weight, bias, b, wanted=None):
+    """The whole op's, whose logit is rounded to the dtype as eager's is."""
+    inputs = x, weight, bias, torch.zeros_like(dy), b
+    got = gradients(projected_op, inputs, dy, wanted)
+    eagers = gradients(projected_expression, inputs, dy, wanted)
+    truths = gradients(projected_expression, [double(t) for t in inputs], dy.double(), wanted)
+    off = off_by_rounding(dy, x, weight, bias)
+    dx, dweight, dbias, db = projected_slacks(dy, x, weight, logit_of(dy, x, weight, bias), b, off)
+    slacks = dx, dweight, dbias, 0.0, db
+    for mine, like, eager, truth, slack in zip(got, inputs, eagers, truths, slacks, strict=True):
+        assert (mine is None) == (truth is None)
+        if truth is not None:
+            assert mine.shape == like.shape and mine.dtype == like.dtype
+            assert_no_worse(mine, eager, truth, slack)
     return got
 
 
@@ -167,15 +220,28 @@ def projected_operands(make, rows=(4,), k=6, h=8, bias=(1,), weight=None):
 @pytest.mark.parametrize(("rows", "k", "h"), PROJECTED_SHAPES.values(), ids=PROJECTED_SHAPES)
 def test_gate_projected_add_backward(nan_filled, dtype, bias, rows, k, h):
     dy, x, weight, bias, b = projected_operands(normal(dtype), rows, k, h, bias)
-    assert projected_kernel.fits(dy, x, weight, b)
+    assert projected_kernel.fits(*backward_operands(dy, x, weight, bias, b)[:5])
     check_projected(dy, x, weight, bias, b)
+    check_projected_autograd(dy, x, weight, bias, b)
 
 
 @pytest.mark.parametrize("need_weight", [True, False], ids=["", "frozen weight"])
 @pytest.mark.parametrize("bias", [None, (1,), (), (1, 1)], ids=["no bias", "[1]", "[]", "[1, 1]"])
 @pytest.mark.parametrize("weight", [(1, 24), (24, 1), (24,)], ids=str)
 def test_weights_and_biases(nan_filled, weight, bias, need_weight):
-    check_projected(*projected_operands(normal(torch.bfloat16), (5,), 24, 7, bias, weight), need_weight)
+    operands = projected_operands(normal(torch.bfloat16), (5,), 24, 7, bias, weight)
+    check_projected(*operands, need_weight)
+    wanted = [i for i in range(5) if (i != 1 or need_weight) and (i != 2 or bias is not None)]
+    check_projected_autograd(*operands, wanted)
+
+
+@pytest.mark.parametrize("need_weight", [True, False], ids=["", "frozen weight"])
+@pytest.mark.parametrize(("rows", "of_x"), [((2, 3), (6,)), ((6,), (3, 2)), ((1,), ()), ((2, 3), (3, 1, 2))], ids=str)
+def test_rows_of_x_are_shaped_otherwise(nan_filled, rows, of_x, need_weight):
+    dy, x, weight, bias, b = projected_operands(normal(), rows)
+    check_projected(dy, x.reshape(*of_x, 6), weight, bias, b, need_weight)
+    wanted = [0, 1, 2, 3, 4] if need_weight else [0, 2, 3, 4]
+    check_projected_autograd(dy, x.reshape(*of_x, 6), weight, bias, b, wanted)
 
 
 @dtypes
@@ -195,7 +261,7 @@ def test_rows_are_shared_out(monkeypatch):
     recorded = record_launches(monkeypatch, projected_kernel)
     most = projected_kernel.PROGRAMS_PER_MULTIPROCESSOR * projected_kernel._multiprocessors(torch.device(DEVICE))
     for rows in (1, most, most + 1):
-        projected_backward(*projected_operands(normal(), (rows,)), False)
+        projected_backward(*backward_operands(*projected_operands(normal(), (rows,)), need_weight=False))
         assert recorded[-2].blocks == min(rows, most)
 
 
@@ -265,12 +331,32 @@ PROJECTED_REFUSED = {
 
 @dtypes
 @biases
-@pytest.mark.parametrize("operands", PROJECTED_REFUSED.values(), ids=PROJECTED_REFUSED)
-def test_gate_projected_add_backward_of_other_layouts(monkeypatch, dtype, bias, operands):
-    dy, x, weight, given, b = operands(normal(dtype))
-    assert not projected_kernel.fits(dy, x, weight, b)
+@pytest.mark.parametrize("which", PROJECTED_REFUSED)
+def test_gate_projected_add_backward_of_other_layouts(monkeypatch, dtype, bias, which):
+    dy, x, weight, given, b = PROJECTED_REFUSED[which](normal(dtype))
+    given = None if bias is None else given
+    assert not projected_kernel.fits(*backward_operands(dy, x, weight, given, b)[:5])
     not_the_kernel(monkeypatch, projected_kernel)
-    check_projected(dy, x, weight, None if bias is None else given, b)
+    check_projected(dy, x, weight, given, b)
+    if not which.startswith("x"):  # without x its layout is no obstacle
+        check_projected(dy, x, weight, given, b, need_weight=False)
+
+
+@pytest.mark.parametrize("need_weight", [True, False], ids=["", "frozen weight"])
+@pytest.mark.parametrize("logit", [lambda make: make((5, 3))[:, 1:2], lambda make: make((1, 1)).expand(5, 1)])
+def test_logits_of_other_layouts(monkeypatch, logit, need_weight):
+    operands, logit = projected_operands(normal(), (5,)), logit(normal(seed=1))
+    assert not projected_kernel.fits(*backward_operands(*operands, need_weight, logit)[:5])
+    not_the_kernel(monkeypatch, projected_kernel)
+    check_projected(*operands, need_weight, logit)
+
+
+def test_the_layout_of_an_x_that_is_not_read():
+    make = normal()
+    dy, x, weight, bias, b = changed(1, lambda make, t: make(t.shape[::-1]).t())(make)
+    given = backward_operands(dy, x, weight, bias, b, need_weight=False)
+    assert projected_kernel.fits(*given[:5])
+    check_projected(dy, x, weight, bias, b, need_weight=False)
 
 
 # Numbers that are none.
@@ -307,28 +393,50 @@ def test_gated_add_backward_of_special_values(dtype):
 def test_gate_projected_add_backward_of_special_values(dtype):
     """One row each, so that a nan in one does not hide the others in the sum over rows."""
     ordinary = normal(dtype)
-    for position in range(5):
+    for position in range(6):
         for value in (float("inf"), float("-inf"), float("nan"), -0.0):
             operands = [t.clone() for t in projected_operands(ordinary, (1,), 2, 2)]
-            operands[position].view(-1)[0] = value
+            if position < 5:
+                operands[position].view(-1)[0] = value
             dy, x, weight, bias, b = operands
-            got = projected_backward(dy, x, weight, bias, b, True)
-            inputs = [t.float() for t in (x, weight, bias, torch.zeros_like(dy), b)]
-            expected = gradients(projected_expression, inputs, dy.float())
+            logit = logit_of(dy, x, weight, bias)
+            if position == 5:
+                logit.fill_(value)
+            expected = gradients_from_logit(*(t.float() for t in (dy, x, weight, bias, logit, b)))
             eps = torch.finfo(dtype).eps
-            for i, mine in zip((0, 1, 2, 4), got, strict=True):
-                close = dict(rtol=4 * eps, atol=4 * eps, equal_nan=True)  # sums of two terms that may cancel
-                torch.testing.assert_close(mine, expected[i].to(dtype), **close)
+            close = dict(rtol=4 * eps, atol=4 * eps, equal_nan=True)  # sums of two terms that may cancel
+            for need_weight in (True, False):
+                got = projected_backward(*backward_operands(dy, x, weight, bias, b, need_weight, logit))
+                for mine, theirs in zip(got, expected, strict=True):
+                    if mine.numel():
+                        torch.testing.assert_close(mine, theirs.to(dtype).reshape(mine.shape), **close)
 
 
 # As ops.
 
 
+def forward_operands(make, **sizes):
+    dy, x, weight, bias, b = projected_operands(make, **sizes)
+    return x, weight, bias, dy, b
+
+
 OPERANDS = {
     "gated_add": (gated_backward, lambda make: (make((5, 8)), make((5, 1)), make((5, 8)))),
-    "gate_projected_add": (projected_backward, lambda make: (*projected_operands(make), True)),
-    "gate_projected_add, no bias": (projected_backward, lambda make: (*projected_operands(make, bias=None), True)),
-    "gate_projected_add, frozen": (projected_backward, lambda make: (*projected_operands(make), False)),
+    "gate_projected_add": (projected_backward, lambda make: backward_operands(*projected_operands(make))),
+    "gate_projected_add, no bias": (
+        projected_backward,
+        lambda make: backward_operands(*projected_operands(make, bias=None)),
+    ),
+    "gate_projected_add, frozen": (
+        projected_backward,
+        lambda make: backward_operands(*projected_operands(make), need_weight=False),
+    ),
+    "gate_projected_add, no bias, frozen": (
+        projected_backward,
+        lambda make: backward_operands(*projected_operands(make, bias=None), need_weight=False),
+    ),
+    "gate_projected_add_and_logit": (projected_and_logit, forward_operands),
+    "gate_projected_add_and_logit, no bias": (projected_and_logit, lambda make: forward_operands(make, bias=None)),
 }
 either = pytest.mark.parametrize(("op", "operands"), OPERANDS.values(), ids=OPERANDS)
 
@@ -352,32 +460,43 @@ def test_opcheck_layouts(name):
     make, lay = normal(), LAYOUTS[name]
     opcheck(gated_backward, (lay(make, (4, 8)), make((4, 1)), make((4, 8))), test_utils=UTILS)
     opcheck(gated_backward, (make((4, 8)), lay(make, (4, 1)), lay(make, (4, 8))), test_utils=UTILS)
-    dy, x, weight, bias, b = projected_operands(make)
-    opcheck(projected_backward, (lay(make, dy.shape), x, weight, bias, b, True), test_utils=UTILS)
+    dy, x, weight, logit, b, rows, _ = backward_operands(*projected_operands(make))
+    opcheck(projected_backward, (lay(make, dy.shape), x, weight, logit, b, rows, True), test_utils=UTILS)
+    opcheck(projected_backward, (dy, None, weight, lay(make, logit.shape), b, rows, True), test_utils=UTILS)
     laid_out = lay(make, x.shape), lay(make, weight.shape)
-    opcheck(projected_backward, (dy, *laid_out, None, lay(make, b.shape), True), test_utils=UTILS)
+    opcheck(projected_backward, (dy, *laid_out, logit, lay(make, b.shape), rows, False), test_utils=UTILS)
+    opcheck(projected_and_logit, (*laid_out, None, lay(make, dy.shape), b), test_utils=UTILS)
+    opcheck(projected_and_logit, (x, weight, make((1,)), dy, lay(make, b.shape)), test_utils=UTILS)
 
 
 @pytest.mark.parametrize("rows", [0, 1])
 def test_opcheck_few_rows(rows):
     make = normal()
     opcheck(gated_backward, (make((rows, 8)), make((rows, 1)), make((rows, 8))), test_utils=UTILS)
-    opcheck(projected_backward, (*projected_operands(make, (rows,)), True), test_utils=UTILS)
+    operands = projected_operands(make, (rows,))
+    for need_weight in (True, False):
+        opcheck(projected_backward, backward_operands(*operands, need_weight), test_utils=UTILS)
+    opcheck(projected_and_logit, forward_operands(make, rows=(rows,)), test_utils=UTILS)
 
 
 @pytest.mark.parametrize("name", ["contiguous", "transposed", "padded rows", "a half", "one row, expanded"])
 def test_strides_are_those_of_the_fake(implementation, name):
     """Of each result, for every operand laid out so in turn and all at once."""
     make, lay = normal(), LAYOUTS[name]
-    plain = [*projected_operands(make)]
-    for op, operands in ((gated_backward, [make((4, 8)), make((4, 1)), make((4, 8))]), (projected_backward, plain)):
-        ways = [{i} for i, t in enumerate(operands) if t.dim() == 2] + [set(range(len(operands)))]
-        for which in ways:
-            laid = [lay(make, tuple(t.shape)) if i in which and t.dim() == 2 else t for i, t in enumerate(operands)]
-            extra = (True,) if op is projected_backward else ()
-            real = op(*laid, *extra)
+    plain = backward_operands(*projected_operands(make))
+    frozen = backward_operands(*projected_operands(make, bias=None), need_weight=False)
+    for op, operands in (
+        (gated_backward, (make((4, 8)), make((4, 1)), make((4, 8)))),
+        (projected_backward, plain),
+        (projected_backward, frozen),
+        (projected_and_logit, forward_operands(make)),
+    ):
+        two = {i for i, t in enumerate(operands) if isinstance(t, torch.Tensor) and t.dim() == 2}
+        for which in [*({i} for i in two), two]:
+            laid = [lay(make, tuple(t.shape)) if i in which else t for i, t in enumerate(operands)]
+            real = op(*laid)
             with FakeTensorMode() as mode:
-                fake = op(*map(mode.from_tensor, laid), *extra)
+                fake = op(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in laid))
             for mine, theirs in zip(real, fake, strict=True):
                 assert mine.shape == theirs.shape and mine.dtype == theirs.dtype
                 assert significant(mine) == significant(theirs), which
@@ -401,6 +520,100 @@ def test_results_are_fresh(op, operands):
     assert len(set(addresses)) == len(addresses)
     assert all(torch.equal(t, was) for t, was in zip(tensors, before, strict=True))
     assert all(was.data_ptr() not in [t.data_ptr() for t in results] for was in op(*given) if was.numel())
+
+
+# The forward op that keeps the logit.
+
+
+def check_and_logit(x, weight, bias, a, b):
+    y, logit = projected_and_logit(x, weight, bias, a, b)
+    alone = projected_op(x, weight, bias, a, b)
+    assert torch.equal(y, alone) and y.stride() == alone.stride()
+    assert logit.shape == (*a.shape[:-1], 1) and logit.dtype == a.dtype and logit.is_contiguous()
+    truth = projection(*map(double, (x, weight, bias))).reshape(logit.shape)
+    if logit.numel():
+        error, allowed = (logit.double() - truth).abs(), (truth.to(a.dtype).double() - truth).abs()
+        assert (error <= allowed + 2 * logit_error(x, weight, bias)).all()  # and so it is no nan either
+
+
+LOGIT_SHAPES = {  # rows, K, H
+    "one row": ((1,), 64, 64),
+    "few rows, some programs each": ((forward_kernel.FEW_ROWS,), 7, 300),
+    "H of fewer than the programs": ((2,), 300, 3),
+    "one row more": ((forward_kernel.FEW_ROWS + 1,), 7, 300),
+    "many rows": ((2, MANY // 2), 7, 64),
+    "no leading dims": ((), 8, 8),
+    "no rows": ((0,), 8, 8),
+    "no columns": ((4,), 8, 0),
+}
+
+
+@dtypes
+@biases
+@pytest.mark.parametrize(("rows", "k", "h"), LOGIT_SHAPES.values(), ids=LOGIT_SHAPES)
+def test_the_logit_beside_the_result(nan_filled, implementation, dtype, bias, rows, k, h):
+    check_and_logit(*forward_operands(normal(dtype), rows=rows, k=k, h=h, bias=bias))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_logit_of_other_layouts(nan_filled, implementation, name):
+    make, lay = normal(torch.bfloat16), LAYOUTS[name]
+    x, weight, bias, a, b = forward_operands(make, rows=(9,))
+    check_and_logit(lay(make, x.shape), weight, bias, a, b)
+    check_and_logit(x, lay(make, weight.shape), bias, a, b)
+    check_and_logit(x, weight, bias, lay(make, a.shape), lay(make, b.shape))
+
+
+@pytest.mark.parametrize("part", ["x", "a", "b", "x and a", "a transposed"])
+@pytest.mark.parametrize("sizes", [(3, 2, 10), (2, 3, 6)], ids=["many rows", "few rows"])
+def test_logits_of_several_launches(monkeypatch, nan_filled, part, sizes):
+    """Leading dims that do not collapse: each launch starts at an offset of its own, in the logits another one."""
+    make = normal()
+    n, m, wide = sizes
+    rows = (n, m * (2 if n == 3 else 1))
+    x, weight, bias, a, b = forward_operands(make, rows=rows)
+
+    def padded(t):
+        return make((t.shape[0], t.shape[1] + wide, t.shape[2]))[:, : t.shape[1]]
+
+    if "x" in part:
+        x = padded(x)
+    if part in ("a", "x and a"):
+        a = padded(a)
+    if part == "b":
+        b = padded(b)
+    if part == "a transposed":
+        a = make((a.shape[1], a.shape[0], a.shape[2])).transpose(0, 1)
+    recorded = record_launches(monkeypatch, forward_kernel)
+    check_and_logit(x, weight, bias, a, b)
+    assert len([launch for launch in recorded if launch.arguments["KEEP_LOGIT"]]) > 1
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_logits_of_launches_as_large_as_a_grid_may_be(monkeypatch, nan_filled, rows):
+    monkeypatch.setattr(forward_kernel, "GRID_LIMIT", 9)
+    recorded = record_launches(monkeypatch, forward_kernel)
+    check_and_logit(*forward_operands(normal(), rows=(rows,)))
+    blocks = [launch.blocks for launch in recorded if launch.arguments["KEEP_LOGIT"]]
+    assert len(blocks) > 1 and max(blocks) <= 9
+
+
+def test_calls_that_keep_the_logit_are_told_apart(monkeypatch):
+    forget_calls(monkeypatch, forward_kernel)
+    for _ in range(2):
+        for dtype in (torch.float32, torch.bfloat16):
+            for rows, h in (((2,), 8), ((2,), 9), ((1, 2), 8)):
+                for bias in (None, (1,)):
+                    check_and_logit(*forward_operands(normal(dtype), rows=rows, h=h, bias=bias))
+    assert len(forward_kernel._with_logit) == len(forward_kernel._fresh) == 2 * 3 * 2
+
+
+def test_the_logit_op_refuses_what_the_op_refuses(implementation):
+    x, weight, bias, a, b = forward_operands(normal())
+    with pytest.raises(RuntimeError, match=r"b is \[4, 7\], allowed: \[4, 8\] as a"):
+        projected_and_logit(x, weight, bias, a, b[:, :7])
+    with pytest.raises(RuntimeError, match="weight is"):
+        projected_and_logit(x, weight[:, :5], bias, a, b)
 
 
 # Through autograd.
@@ -444,18 +657,11 @@ WITHOUT_BIAS = [wanted for wanted in subsets(5) if 2 not in wanted]
     ids=lambda value: "no bias" if value is None else str(value),
 )
 def test_gate_projected_add_gradients_that_are_needed(monkeypatch, wanted, bias):
-    make = normal()
-    dy, x, weight, bias, b = projected_operands(make, bias=bias)
-    inputs = x, weight, bias, make(b.shape), b
+    operands = projected_operands(normal(), bias=bias)
     calls = counted(monkeypatch, "gate_projected_add_backward")
-    got = gradients(projected_op, inputs, dy, wanted)
-    assert [call[-1] for call in calls] == ([1 in wanted] if {0, 4} <= set(wanted) else [])
-    truths = gradients(projected_expression, [double(t) for t in inputs], dy.double(), wanted)
-    eagers = gradients(projected_expression, inputs, dy, wanted)
-    dx, dweight, dbias, db = projected_slacks(dy, x, weight, bias, b)
-    slacks = dx, dweight, dbias, 0.0, db
-    for i in wanted:
-        assert_no_worse(got[i], eagers[i], truths[i], slacks[i])
+    check_projected_autograd(*operands, wanted)
+    found = [(x is not None, list(rows), need_bias) for _, x, _, _, _, rows, need_bias in calls]
+    assert found == ([(1 in wanted, [4], 2 in wanted)] if {0, 4} <= set(wanted) else [])
 
 
 FULL = {
@@ -471,6 +677,17 @@ FULL = {
 full = pytest.mark.parametrize(("op", "expression", "backward", "shapes", "a"), FULL.values(), ids=FULL)
 
 
+def compare_second(got, eagers, truths):
+    """Where the one says zero the other may say that there is none."""
+    for mine, eager, truth in zip(got, eagers, truths, strict=True):
+        if mine is None or truth is None:
+            assert all(t is None or not t.any() for t in (mine, truth))
+            continue
+        slack = 64 * 2 * ROUNDING * largest(truth)  # sums of up to 5 * 8 terms, three products deep
+        assert largest(mine.double() - truth) <= slack
+        assert_no_worse(mine, eager, truth, slack)
+
+
 @full
 def test_double_backward(monkeypatch, op, expression, backward, shapes, a):
     """A graph of the gradients is recorded from ATen's ops; second derivatives are the expression's in float64."""
@@ -484,14 +701,34 @@ def test_double_backward(monkeypatch, op, expression, backward, shapes, a):
         assert any(g.requires_grad for g in first)
         return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves, allow_unused=True)
 
-    got, truths = second(op, inputs, dy), second(expression, [double(t) for t in inputs], dy.double())
+    got = second(op, inputs, dy)
     assert not calls
-    for mine, truth in zip(got, truths, strict=True):
-        assert (mine is None) == (truth is None)
-        if truth is not None:  # sums of up to 5 * 8 terms, three products deep
-            assert largest(mine.double() - truth) <= 64 * 2 * ROUNDING * largest(truth)
+    compare_second(got, second(expression, inputs, dy), second(expression, [double(t) for t in inputs], dy.double()))
     gradients(op, inputs, dy)
     assert len(calls) == 1  # and without create_graph the op runs
+
+
+def second_of(function, inputs, dy, wanted, first):
+    """Gradients, of the inputs `wanted` and of dy, of the gradients of the inputs `first`."""
+    leaves = [None if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(inputs)]
+    dy = dy.detach().requires_grad_()
+    found = torch.autograd.grad(function(*leaves), [leaves[i] for i in first], dy, create_graph=True)
+    total = sum(g.pow(2).sum() for g in found)
+    return torch.autograd.grad(total, [*(leaves[i] for i in wanted), dy], allow_unused=True)
+
+
+SECOND = [(wanted, wanted, (1,)) for wanted in subsets(5)] + [(wanted, wanted, None) for wanted in WITHOUT_BIAS]
+SECOND += [((0, 1, 2, 3, 4), (i,), (1,)) for i in range(5)]  # one gradient's in all
+
+
+@pytest.mark.parametrize(("wanted", "first", "bias"), SECOND, ids=str)
+def test_double_backward_of_some_inputs(implementation, bias, wanted, first):
+    """Through the logit, which is a result: the gradients of the gradients that were asked for, and only those."""
+    dy, x, weight, bias, b = projected_operands(normal(), (5,), bias=bias)
+    inputs = x, weight, bias, normal(seed=1)(b.shape), b
+    truths = second_of(projected_expression, [double(t) for t in inputs], dy.double(), wanted, first)
+    eagers = second_of(projected_expression, inputs, dy, wanted, first)
+    compare_second(second_of(projected_op, inputs, dy, wanted, first), eagers, truths)
 
 
 @full
@@ -541,26 +778,29 @@ def saved_bytes(function, inputs):
     return sum(kept.values())
 
 
-SAVING = {
-    "gated_add, all": ("gated_add", (0, 1, 2)),
-    "gated_add, a": ("gated_add", (0,)),
-    "gated_add, gate": ("gated_add", (1,)),
-    "gated_add, b": ("gated_add", (2,)),
-    "gated_add, a and b": ("gated_add", (0, 2)),
-    "gate_projected_add, all": ("gate_projected_add", (0, 1, 2, 3, 4)),
-    "gate_projected_add, a": ("gate_projected_add", (3,)),
-    "gate_projected_add, x, weight and b": ("gate_projected_add", (0, 1, 4)),
-}
+SAVING = [("gated_add", wanted, True) for wanted in subsets(3)]
+SAVING += [("gate_projected_add", wanted, True) for wanted in subsets(5)]
+SAVING += [("gate_projected_add", wanted, False) for wanted in WITHOUT_BIAS]
 
 
-@pytest.mark.parametrize(("which", "wanted"), SAVING.values(), ids=SAVING)
-def test_no_more_memory_is_saved_than_by_eager(which, wanted):
+@dtypes
+@pytest.mark.parametrize(("which", "wanted", "bias"), SAVING, ids=str)
+def test_no_more_memory_is_saved_than_by_eager(implementation, which, wanted, bias, dtype):
     op, expression, _, shapes, _ = FULL[which]
-    make = normal()
+    make = normal(dtype)
     inputs = [make(shape).requires_grad_(i in wanted) for i, shape in enumerate(shapes)]
-    if wanted == (0, 1, 4):
+    if not bias:
         inputs[2] = None
     assert saved_bytes(op, inputs) <= saved_bytes(expression, inputs)
+
+
+@pytest.mark.parametrize("wanted", [w for w in subsets(5) if 1 not in w], ids=str)
+def test_a_frozen_weight_saves_no_x(wanted):
+    inputs = [normal()(shape).requires_grad_(i in wanted) for i, shape in enumerate(FULL["gate_projected_add"][3])]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        projected_op(*inputs)
+    assert inputs[0].data_ptr() not in kept
 
 
 @full
@@ -581,11 +821,12 @@ def test_compiled_training_runs_the_op(op, expression, backward, shapes, a):
     inputs, dy = [make(shape) for shape in shapes], make((5, 8))
     got = gradients(compiled, inputs, dy)
     assert getattr(library, backward) in targets
+    assert (library.gate_projected_add_and_logit in targets) == (op is projected_op)
     assert all(map(torch.equal, got, gradients(op, inputs, dy)))
 
 
 def test_calls_are_told_apart(monkeypatch):
-    """What is prepared once serves equal layouts only: dtypes, widths, rows, bias and need_weight differ."""
+    """What is prepared once serves equal layouts only: dtypes, widths, rows, need_bias and x or none differ."""
     forget_calls(monkeypatch, gated_kernel, projected_kernel)
     for _ in range(2):
         for dtype in (torch.float32, torch.bfloat16):

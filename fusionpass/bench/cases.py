@@ -116,7 +116,7 @@ OPS = {
         _gate_projected_add,
         _gate_projected_add_op,
         _gate_projected_add_shapes,
-        reads=lambda t, h: 3 * t * h + h,  # dy, b, x, weight
+        reads=lambda t, h: 3 * t * h + t + h,  # dy, b, x, logit, weight
         writes=lambda t, h: 2 * t * h + h,  # db, dx, dweight; da is dy itself
         backward=True,
     ),
