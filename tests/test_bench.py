@@ -41,6 +41,7 @@ def a_run(*measurements, cpu=()):
         copy_gbps=2500.0,  # so 1,000,000 bytes take 0.4 us
         copy_spread_gbps=2.5,
         rounds=7,
+        sets=None,
         measurements=list(measurements or [measurement()]),
         cpu=list(cpu),
     )
@@ -298,7 +299,12 @@ MB = 2**20
     ],
 )
 def test_set_count(read, size, free, expected):
-    assert set_count(read, size, 50 * MB, free) == expected
+    assert set_count(None, read, size, 50 * MB, free) == expected
+
+
+@pytest.mark.parametrize("wanted, expected", [(1, 1), (4, 4), (1000, 1000), (5000, 4096)])
+def test_set_count_that_was_asked_for(wanted, expected):
+    assert set_count(wanted, MB, MB, 50 * MB, 16 * 1024 * MB) == expected
 
 
 @pytest.mark.parametrize("sets, calls", [(2, 32), (3, 33), (13, 39), (32, 32), (128, 128)])
@@ -449,6 +455,12 @@ def test_check_says_that_the_device_is_another(bench, save):
     assert err.startswith(f"note: {old} was measured on another GPU, this run on a GPU\n")
 
 
+def test_check_refuses_a_run_of_other_operand_sets(refused, save):
+    old = save(a_run(), "old.json")
+    new = save(dataclasses.replace(a_run(), sets=4), "new.json")
+    assert "was measured with no --sets, the run with --sets 4" in refused("--from", new, "--check", old)
+
+
 def test_a_change_below_two_digits_shows_more_of_them(bench, save):
     old = save(a_run(measurement(here=timing(0.04, 0))), "old.json")
     new = save(a_run(measurement(here=timing(0.0406, 0))), "new.json")
@@ -487,7 +499,8 @@ def test_table(bench, save):
     status, out, err = bench("--from", save(run))
     assert (status, err) == (0, "")
     assert out.splitlines()[0] == (
-        "a GPU, bf16; a device copy moves 2500 GB/s; median of 7 rounds; torch 2.11.0, triton 3.6.0, fusionpass 0.1.0"
+        "a GPU, bf16; a device copy moves 2500 GB/s; median of 7 rounds, up to 128 sets; "
+        "torch 2.11.0, triton 3.6.0, fusionpass 0.1.0"
     )
     rows = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
     head = "T H eager compile tuned here limit here/compile here/tuned here/limit".split()
@@ -575,11 +588,11 @@ def test_a_small_run(bench, tmp_path):
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
 def test_a_small_run_of_the_backward_and_its_check(bench, tmp_path):
     path = tmp_path / "run.json"
-    words = ["--tokens", "1,32", "--hidden", "256", "--rounds", "3", "--no-tuned", "--json", path]
+    words = ["--tokens", "1,32", "--hidden", "256", "--rounds", "3", "--sets", "3", "--no-tuned", "--json", path]
     status, _, err = bench("--op", "gated_add_backward", "--op", "gate_projected_add_backward", *words)
     assert status == 0, err
     run = Run.from_json(path.read_text())
-    assert len(run.measurements) == 4 and run.cpu == []
+    assert len(run.measurements) == 4 and run.cpu == [] and run.sets == 3
     for entry in run.measurements:
         assert sorted(entry.sides) == ["compile", "eager", "here"]
         assert all(time.median_us > 0 for time in entry.sides.values())

@@ -84,6 +84,7 @@ class Run:
         device: name of the GPU.
         copy_gbps, copy_spread_gbps: bandwidth of a device copy, bytes read and written, in 1e9 bytes per second.
         rounds: how many samples a Timing of `measurements` has.
+        sets: how many sets of operands each case rotated through; None: as many as read twice the L2 cache.
     """
 
     device: str
@@ -93,6 +94,7 @@ class Run:
     copy_gbps: float
     copy_spread_gbps: float
     rounds: int
+    sets: int | None
     measurements: list[Measurement]
     cpu: list[HostCost]
 
@@ -134,6 +136,7 @@ class Run:
             copy_gbps=_number(given, "copy_gbps", "the run", positive=True),
             copy_spread_gbps=_number(given, "copy_spread_gbps", "the run"),
             rounds=_count(given, "rounds", "the run"),
+            sets=None if given.get("sets") is None else _count(given, "sets", "the run"),
             measurements=[
                 _measurement(entry, i) for i, entry in enumerate(_take(given, "measurements", list, "the run"))
             ],

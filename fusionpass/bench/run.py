@@ -27,12 +27,13 @@ def steps(cases: Sequence[Case]) -> int:
     return 1 + len(cases) + len(_host_cases(cases))
 
 
-def measure(cases: Sequence[Case], *, rounds: int, tuned: bool, tell: Tell) -> Run:
+def measure(cases: Sequence[Case], *, rounds: int, sets: int | None, tuned: bool, tell: Tell) -> Run:
     """Measure the cases, in order.
 
     Args:
         cases: at least one.
         rounds: samples per side, besides a first that is thrown away.
+        sets: of operands to rotate through, at most as many as fit; None: as many as read twice the L2 cache.
         tuned: measure torch.compile with coordinate_descent_tuning too, most of the run's time.
         tell: is called before each step.
 
@@ -46,7 +47,7 @@ def measure(cases: Sequence[Case], *, rounds: int, tuned: bool, tell: Tell) -> R
     gbps = copy_bytes / copy_us.median_us / 1e3
     measurements = []
     for index, case in enumerate(cases):
-        sides = _gpu_times(case, rounds, tuned, lambda what, case=case, at=index + 1: tell(f"{case}: {what}", at))
+        sides = _gpu_times(case, rounds, sets, tuned, lambda what, case=case, at=index + 1: tell(f"{case}: {what}", at))
         measurements.append(Measurement(*case, bytes_moved(case), sides))
     costs = []
     for index, case in enumerate(_host_cases(cases)):
@@ -61,6 +62,7 @@ def measure(cases: Sequence[Case], *, rounds: int, tuned: bool, tell: Tell) -> R
         copy_gbps=gbps,
         copy_spread_gbps=gbps * copy_us.spread_us / copy_us.median_us,
         rounds=rounds,
+        sets=sets,
         measurements=measurements,
         cpu=costs,
     )
@@ -80,7 +82,9 @@ def _copy(rounds: int) -> tuple[Timing, int]:
     return min(gpu_times(graphs, rounds).values(), key=lambda timing: timing.median_us), 2 * source.nbytes
 
 
-def _gpu_times(case: Case, rounds: int, tuned: bool, tell: Callable[[str], None]) -> dict[str, Timing]:
+def _gpu_times(
+    case: Case, rounds: int, wanted: int | None, tuned: bool, tell: Callable[[str], None]
+) -> dict[str, Timing]:
     """GPU time of each side on the same operands, each side's result held against float64 first."""
     import torch._functorch.config as functorch_config
 
@@ -94,7 +98,7 @@ def _gpu_times(case: Case, rounds: int, tuned: bool, tell: Callable[[str], None]
         stream = torch.cuda.Stream()
         sides = sides_of(case.op, tuned=tuned)
         with torch.cuda.stream(stream):
-            sets = _sets(case, len(sides))
+            sets = _sets(case, len(sides), wanted)
         stream.synchronize()
         pool, last = torch.cuda.graph_pool_handle(), sets[-1]
         graphs: dict[str, Captured] = {}
@@ -127,14 +131,14 @@ def _check(
     return reference
 
 
-def _sets(case: Case, sides: int) -> list[Operands]:
+def _sets(case: Case, sides: int, wanted: int | None) -> list[Operands]:
     """The sets of operands that every side rotates through."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     first = draw(case, generator)
     kept = 0 if first.dy is None else sides * first.dy.nbytes  # each side's forward leaves its result behind
     free, _ = torch.cuda.mem_get_info()
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    count = set_count(bytes_read(case), first.nbytes() + kept, cache, free)
+    count = set_count(wanted, bytes_read(case), first.nbytes() + kept, cache, free)
     return [first, *(draw(case, generator) for _ in range(count - 1))]
 
 

@@ -32,9 +32,16 @@ def run_text(run: Run, style: str) -> str:
 def _header(run: Run) -> str:
     dtypes = ", ".join(sorted({entry.dtype for entry in (*run.measurements, *run.cpu)}))
     return (
-        f"{run.device}, {dtypes}; a device copy moves {run.copy_gbps:.0f} GB/s; median of {run.rounds} rounds; "
+        f"{run.device}, {dtypes}; a device copy moves {run.copy_gbps:.0f} GB/s; "
+        f"median of {run.rounds} rounds, {_sets(run)}; "
         f"torch {run.torch}, triton {run.triton}, fusionpass {run.fusionpass}"
     )
+
+
+def _sets(run: Run) -> str:
+    if run.sets is None:
+        return "up to 128 sets"
+    return f"{run.sets} set{'' if run.sets == 1 else 's'}"
 
 
 def _op_table(run: Run, rows: list[Measurement], markdown: bool) -> str:
@@ -80,6 +87,7 @@ def _legend(run: Run, code: Callable[[str], str]) -> str:
     if any("add" in row.sides for row in run.measurements):
         lines.append("add: one torch.add(a, b), which moves the same bytes without the gate.")
     cut = ", of CPU times without the fastest and slowest few" if run.cpu else ""
+    lines.append("sets: of operands, taken in turn; where one turn reads more than the L2 cache, from memory.")
     lines.append(f"{code('±')}: half the range of the samples{cut}.")
     lines.append(f"{code('~')}: a tie, the difference is below the sum of the two spreads.")
     return "\n".join(lines)

@@ -43,16 +43,19 @@ CHUNKS = 21
 OUTLIERS = 3  # chunks left out at each end of the spread: the host does other things too
 
 
-def set_count(read_bytes: int, set_bytes: int, cache_bytes: int, free_bytes: int) -> int:
+def set_count(wanted: int | None, read_bytes: int, set_bytes: int, cache_bytes: int, free_bytes: int) -> int:
     """How many sets of operands to rotate through.
 
     Args:
+        wanted: what the caller asks for; None: enough to read twice the cache, from MIN_SETS to MAX_SETS.
         read_bytes: what one call reads.
         set_bytes: what one set takes of the memory.
         cache_bytes, free_bytes: L2 cache and free memory of the GPU.
     """
-    enough = math.ceil(2 * cache_bytes / read_bytes)
     fitting = free_bytes // MEMORY_SHARE // set_bytes
+    if wanted is not None:
+        return max(1, min(wanted, fitting))
+    enough = math.ceil(2 * cache_bytes / read_bytes)
     return max(MIN_SETS, min(enough, fitting, MAX_SETS))
 
 

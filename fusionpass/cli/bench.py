@@ -25,6 +25,7 @@ MEASURING = {
     "hidden": "--hidden",
     "dtype": "--dtype",
     "rounds": "--rounds",
+    "sets": "--sets",
     "no_tuned": "--no-tuned",
 }
 
@@ -96,7 +97,8 @@ def _measured(arguments: argparse.Namespace, baseline: Run | None) -> Run:
             progress.fraction(done, steps(cases))
 
         rounds = DEFAULT_ROUNDS if arguments.rounds is None else arguments.rounds
-        return measure(cases, rounds=rounds, tuned=not arguments.no_tuned, tell=tell)
+        sets = baseline.sets if arguments.sets is None and baseline is not None else arguments.sets
+        return measure(cases, rounds=rounds, sets=sets, tuned=not arguments.no_tuned, tell=tell)
 
 
 def _cases(arguments: argparse.Namespace, baseline: Run | None) -> list[Case]:
@@ -135,12 +137,21 @@ def _ensure_gpu() -> None:
 
 
 def _compared(baseline: Run, run: Run, arguments: argparse.Namespace) -> Comparison:
+    if baseline.sets != run.sets:
+        raise ValueError(
+            f"--check {str(arguments.check)!r} was measured with {_sets(baseline)}, the run with {_sets(run)}: ratios of "
+            "operands in the cache and out of it do not compare; leave --sets out to measure as the baseline was"
+        )
     found = compare(baseline, run, _tolerance(arguments))
     if found.ratios == 0:
         raise _nothing_in_common(arguments)
     if baseline.device != run.device:
         print(f"note: {arguments.check} was measured on {baseline.device}, this run on {run.device}", file=sys.stderr)
     return found
+
+
+def _sets(run: Run) -> str:
+    return "no --sets" if run.sets is None else f"--sets {run.sets}"
 
 
 def _judged(found: Comparison, arguments: argparse.Namespace) -> int:

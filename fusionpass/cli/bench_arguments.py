@@ -50,6 +50,13 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     what.add_argument("--hidden", type=_sizes, metavar="H,H", help="elements of a row; default: 2048,4096,7168")
     what.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16, or the baseline's")
     what.add_argument("--rounds", type=_rounds, metavar="N", help="samples of each time; default: 7")
+    what.add_argument(
+        "--sets",
+        type=_sets,
+        metavar="N",
+        help="rotate through N sets of operands: few stay in the L2 cache, as in decode, where the kernels before have "
+        "just written them; default: until one turn reads twice the cache, at most 128",
+    )
     what.add_argument("--no-tuned", action="store_true", help="leave out coordinate_descent_tuning, the slow compile")
     what.add_argument("--from", dest="saved", type=Path, metavar="RUN.json", help="measure nothing, take a saved run")
     output = bench.add_argument_group("output")
@@ -87,6 +94,12 @@ def _sizes(text: str) -> list[int]:
 def _rounds(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 2 up: one sample has no spread")
+    return int(text)
+
+
+def _sets(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
 
 
