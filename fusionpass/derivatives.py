@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusionpass import implementations, library
-from fusionpass.kernels import aten, contract
+from fusionpass.kernels import aten, aten_combine, contract
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -71,6 +71,8 @@ _IMPLEMENTATIONS = {
     (library.gate_projected_add_and_logit, "CPU"): implementations.gate_projected_add_and_logit_cpu,
     (library.gate_projected_add_and_logit, "CUDA"): implementations.gate_projected_add_and_logit_cuda,
     (library.gate_projected_add, "CUDA"): implementations.gate_projected_add_cuda,
+    (library.moe_combine, "CPU"): implementations.moe_combine_cpu,
+    (library.moe_combine, "CUDA"): implementations.moe_combine_cuda,
 }
 
 
@@ -162,3 +164,11 @@ def gate_projected_add(keyset, x: Tensor, weight: Tensor, bias: Tensor | None, a
     if recorded(x, weight, bias, a, b):
         return _GateProjectedAdd.apply(keyset, x, weight, bias, a, b)[0]
     return _below_autograd(library.gate_projected_add, keyset, x, weight, bias, a, b)
+
+
+def moe_combine(keyset, a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The op's Autograd kernel: it has no backward of its own, so where gradients are recorded the expression runs."""
+    if transforms_active() or recorded(a, b, *(value for value in options.values() if isinstance(value, Tensor))):
+        implementations.check_combine(a, b, options)
+        return aten_combine.moe_combine_expression(*implementations.combine_arguments(a, b, **options))
+    return _below_autograd(library.moe_combine, keyset, a, b, **options)

@@ -32,12 +32,24 @@ def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor
     return library.gate_projected_add(x, weight, bias, a, b)
 
 
+def moe_combine(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """`torch.ops.fusionpass.moe_combine`."""
+    tensors = [a, b, *[value for value in options.values() if isinstance(value, Tensor)]]
+    if plain(*tensors) and (a.is_cuda or _has_kernels(a)) and not recorded(*tensors):
+        return implementations.moe_combine_cuda(a, b, **options)
+    return library.moe_combine(a, b, **options)
+
+
 def _has_kernels(a: Tensor) -> bool:
     """Of a tensor that is on no GPU."""
     return a.is_cpu and implementations.interpreted()
 
 
-_FUNCTIONS = {library.gated_add: gated_add, library.gate_projected_add: gate_projected_add}
+_FUNCTIONS = {
+    library.gated_add: gated_add,
+    library.gate_projected_add: gate_projected_add,
+    library.moe_combine: moe_combine,
+}
 
 
 def call_directly(graph_module: GraphModule) -> None:

@@ -13,18 +13,25 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fusionpass.kernels import aten, contract
+from fusionpass.kernels import aten, aten_combine, contract
 
 
 @functools.cache
 def kernels() -> SimpleNamespace:
-    from fusionpass.kernels import gate_projected_add, gate_projected_add_backward, gated_add, gated_add_backward
+    from fusionpass.kernels import (
+        gate_projected_add,
+        gate_projected_add_backward,
+        gated_add,
+        gated_add_backward,
+        moe_combine,
+    )
 
     return SimpleNamespace(
         gated_add=gated_add,
         gated_add_backward=gated_add_backward,
         gate_projected_add=gate_projected_add,
         gate_projected_add_backward=gate_projected_add_backward,
+        moe_combine=moe_combine,
     )
 
 
@@ -156,3 +163,54 @@ def _all_tensors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """An op has no optional results: one that was not asked for is an empty tensor."""
     return dx, dx.new_empty(0) if dweight is None else dweight, dx.new_empty(0) if dbias is None else dbias, db
+
+
+# moe_combine
+
+
+def combine_arguments(
+    a: Tensor,
+    b: Tensor,
+    *,
+    gate: Tensor | None = None,
+    x: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    inverse: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    top_k: int = 0,
+    permuted: bool = False,
+    eps: float | None = None,
+    offset: float = 0.0,
+) -> tuple:
+    """The arguments in the order in which the kernel and the expression take them."""
+    tensors = (a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, residual, norm_weight)
+    return *tensors, top_k, permuted, eps, offset
+
+
+def moe_combine_cuda(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
+    return kernels().moe_combine.moe_combine(*combine_arguments(a, b, **options))
+
+
+def moe_combine_cpu(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
+    if interpreted():
+        return moe_combine_cuda(a, b, **options)
+    check_combine(a, b, options)
+    return aten_combine.moe_combine_expression(*combine_arguments(a, b, **options))
+
+
+def moe_combine_fake(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
+    check_combine(a, b, options)
+    shaped = b if options.get("residual") is None else options["residual"]
+    total = b.new_empty(shaped.shape)
+    return total, b.new_empty(0) if options.get("eps") is None else b.new_empty(shaped.shape)
+
+
+def check_combine(a: Tensor, b: Tensor, options: dict) -> None:
+    """Raises RuntimeError outside the op's contract."""
+    plain = ("top_k", "permuted", "eps", "offset")
+    named = {"a": a, "b": b} | {name: value for name, value in options.items() if name not in plain}
+    top_k, permuted, eps = (options.get(name, other) for name, other in (("top_k", 0), ("permuted", False), ("eps", None)))
+    contract.check_moe_combine(named, top_k, permuted, eps)

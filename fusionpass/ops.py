@@ -2,11 +2,12 @@
 
     fusionpass::gated_add            y = a + sigmoid(gate) * b
     fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b
+    fusionpass::moe_combine          the second with its neighbours: top-k finalize, residual add, RMSNorm
     fusionpass::_gated_add_out       the first, written into a given tensor; behind `gated_add(..., out=)`
     fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
     fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
 
-All but the third are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two are
+All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two are
 those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands.
 """
 
@@ -26,6 +27,7 @@ for _name in (
     "_gated_add_out",
     "_gated_add_backward",
     "gate_projected_add",
+    "moe_combine",
     "_gate_projected_add_and_logit",
     "_gate_projected_add_backward",
 ):
@@ -33,10 +35,12 @@ for _name in (
         library.LIBRARY.impl(_name, getattr(implementations, f"{_name.lstrip('_')}_{_device.lower()}"), _device)
 library.LIBRARY.impl("gated_add", derivatives.gated_add, "Autograd", with_keyset=True)
 library.LIBRARY.impl("gate_projected_add", derivatives.gate_projected_add, "Autograd", with_keyset=True)
+library.LIBRARY.impl("moe_combine", derivatives.moe_combine, "Autograd", with_keyset=True)
 for _name, _fake in (
     ("gated_add", implementations.gated_add_fake),
     ("gate_projected_add", implementations.gate_projected_add_fake),
     ("_gate_projected_add_and_logit", implementations.gate_projected_add_and_logit_fake),
+    ("moe_combine", implementations.moe_combine_fake),
     ("_gated_add_out", lambda a, gate, b, out: None),
     ("_gated_add_backward", implementations.gated_add_backward_aten),
     ("_gate_projected_add_backward", implementations.gate_projected_add_backward_aten),

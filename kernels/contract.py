@@ -80,6 +80,57 @@ def gate_projected_add_problem(x: Tensor, weight: Tensor, bias: Tensor | None, a
     return None
 
 
+MOST_TOP_K = 32  # terms of a row's sum that one program adds up
+MOST_COLUMNS = 16384  # of a row that one program holds
+
+
+def moe_combine_problem(named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None) -> str | None:
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    b, h = given["b"], given["b"].shape[-1]
+    free = ("inverse", "topk_weights", "norm_weight")
+    problem = kind_problem({"b": b} | {name: t for name, t in given.items() if name not in free})
+    if problem is not None:
+        return problem
+    for name in ("topk_weights", "norm_weight"):
+        if name in given and given[name].dtype not in (b.dtype, torch.float32):
+            return f"{name} is {given[name].dtype}, allowed: {b.dtype} as b, or torch.float32"
+    if "inverse" in given and given["inverse"].dtype not in (torch.int32, torch.int64):
+        return f"inverse is {given['inverse'].dtype}, allowed: torch.int32 or torch.int64"
+    for name, tensor in given.items():
+        if tensor.device != b.device:
+            return f"{name} is on {tensor.device}, allowed: {b.device} as b"
+    if known_to_differ(min(max(h, 1), MOST_COLUMNS), h):
+        return f"b has {h} columns, allowed: 1 to {MOST_COLUMNS}"
+    if not 0 <= top_k <= MOST_TOP_K or (top_k > 0) != ("topk_weights" in given):
+        return f"top_k is {top_k}, allowed: 1 to {MOST_TOP_K} with topk_weights, 0 without"
+    if ("inverse" in given or permuted) and not top_k:
+        return "inverse or permuted is given and top_k is 0, allowed: with topk_weights"
+    if permuted and "inverse" not in given:
+        return "permuted is True, allowed: with inverse"
+    if ("gate" in given) == ("x" in given) or ("x" in given) != ("gate_weight" in given):
+        return "allowed: either gate, or x and gate_weight"
+    rows = prod(b.shape[:-1])
+    slots = rows * top_k
+    sizes = {"a": slots * h if top_k else rows * h, "topk_weights": slots, "inverse": slots, "gate": rows}
+    sizes |= {"residual": rows * h, "norm_weight": h, "gate_bias": 1}
+    for name, size in sizes.items():
+        if name in given and known_to_differ(given[name].numel(), size):
+            return f"{name} is {listed(given[name].shape)}, allowed: {size} elements for b {listed(b.shape)}"
+    for name in ("a", "residual"):
+        if name in given and known_to_differ(given[name].shape[-1], h):
+            return f"{name} is {listed(given[name].shape)}, allowed: {h} columns as b"
+    if "x" in given:
+        x, weight = given["x"], given["gate_weight"]
+        if known_to_differ(prod(x.shape[:-1]), rows):
+            return f"x is {listed(x.shape)}, allowed: as many rows as b, which is {listed(b.shape)}"
+        k = x.shape[-1]
+        if all(shapes_differ(weight.shape, allowed) for allowed in ((1, k), (k, 1), (k,))):
+            return f"gate_weight is {listed(weight.shape)}, allowed: [1, {k}], [{k}, 1] or [{k}]"
+    if eps is None and "norm_weight" in given:
+        return "norm_weight is given without eps"
+    return None
+
+
 # As the registered ops tell it: RuntimeError, as ATen's own ops raise.
 
 
@@ -93,3 +144,9 @@ def check_gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: 
     problem = gate_projected_add_problem(x, weight, bias, a, b)
     if problem is not None:
         raise RuntimeError(f"fusionpass::gate_projected_add: {problem}")
+
+
+def check_moe_combine(named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None) -> None:
+    problem = moe_combine_problem(named, top_k, permuted, eps)
+    if problem is not None:
+        raise RuntimeError(f"fusionpass::moe_combine: {problem}")
