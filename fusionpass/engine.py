@@ -65,7 +65,10 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
     sums = [node for node in gm.graph.nodes if is_sum(words, node)]
     effects: Effects | None = None
     changed = False
+    gone: set[str] = set()  # names of nodes that a site before has taken in
     for add in sums:
+        if add.name in gone:
+            continue
         readings = list(find(words, add))
         if not readings:
             continue
@@ -76,6 +79,7 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
             continue
         _grow(site, words, effects, options)
         outcome.rewrites.append(_replace(gm, site, words, effects, options, outcome))
+        gone.update(outcome.rewrites[-1].nodes)
         changed = True
     children = child_graphs(gm)
     if children:  # asked once, not once per child: a model may have one per layer
@@ -112,7 +116,7 @@ def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> 
 
 
 def _replace(gm, site: Site, words: Vocabulary, effects: Effects, options: Options, outcome: Outcome) -> Rewrite:
-    add, total = site.add, tensor_of(site.add)
+    add, total = site.add, tensor_of(site.end)
     kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
     bytes_fused = fused_bytes(site, words)
     stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]

@@ -46,6 +46,28 @@ class Projection:
 
 
 @dataclass
+class Finalize:
+    """a as the sum over k of weights[t, k] * y[inverse[t, k]]."""
+
+    y: Node  # the experts' outputs, T * top_k rows
+    weights: Node
+    top_k: int
+    inverse: Node | None
+    permuted: bool  # the weights lie in the order of y, not of the sum
+
+
+@dataclass
+class Norm:
+    """The RMSNorm that reads the sum: its nodes in the order of the data flow, `result` the last."""
+
+    weight: Node | str | None
+    eps: float
+    offset: float
+    result: Node
+    parts: list[Node]
+
+
+@dataclass
 class Site:
     """One a + sigmoid(gate) * b, as nodes.
 
@@ -63,5 +85,17 @@ class Site:
     handed_on: list[Node]
     writes_a: bool = False  # iadd, add_, addcmul_: the sum lands in a's own memory
     projection: Projection | None = None
+    finalize: Finalize | None = None
+    residual: Node | None = None
+    norm: Norm | None = None
     stages: list[str] = field(default_factory=lambda: ["gated_add"])
     stopped: list[tuple[str, Refusal]] = field(default_factory=list)  # stages that did not join, and why
+    end: Node = None  # type: ignore[assignment]  # the node whose value the op computes: `add`, or the residual's
+
+    def __post_init__(self):
+        self.end = self.end or self.add
+
+    @property
+    def combined(self) -> bool:
+        """Whether the site grew over more than the formula and the gate projection."""
+        return self.finalize is not None or self.residual is not None or self.norm is not None

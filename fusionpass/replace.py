@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from contextlib import nullcontext
+
 import torch
 from torch.fx import Graph, Node
 
@@ -17,20 +20,81 @@ def replace(graph: Graph, site: Site, effects: Effects, options: Options) -> tup
 
     Only the site's own nodes are erased, each only when nothing reads it any more; no other node is touched.
     """
+    if site.combined:
+        return _combine(graph, site, effects)
     add = site.add
     with graph.inserting_before(add):
         new = _call(graph, site, options)
     new.meta = inherit(add, str(new.target))
     if site.writes_a:
         _own_value(new, tensor_of(add))
-    add.replace_all_uses_with(new)
-    effects.adopt(new, add)
+    _stand_in(new, add, effects)
+    return new, _erase(graph, site)
+
+
+def _stand_in(new: Node, old: Node, effects: Effects) -> None:
+    old.replace_all_uses_with(new)
+    effects.adopt(new, old)
+
+
+def _erase(graph: Graph, site: Site) -> list[str]:
+    """Erase those of the site's nodes that nothing reads any more, and say which."""
     gone = []
     for part in reversed(site.parts):
         if not part.users:
             graph.erase_node(part)
             gone.append(part.name)
-    return new, gone[::-1]
+    return gone[::-1]
+
+
+def _combine(graph: Graph, site: Site, effects: Effects) -> tuple[Node, list[str]]:
+    """The op for a site that grew: two results, of which the second takes the place of the norm."""
+    end, norm = site.end, site.norm
+    key = "val" if "val" in end.meta else "example_value"
+    with graph.inserting_before(end):
+        op = _combine_call(graph, site)
+        total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
+        normed = graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed") if norm else None
+    total.meta = inherit(end, "getitem")
+    if site.writes_a and end is site.add:
+        _own_value(total, tensor_of(end))
+    op.meta = {k: v for k, v in total.meta.items() if k not in ("tensor_meta", "val", "example_value")}
+    values = [total.meta[key], _empty_like(total.meta[key])]
+    if norm is not None:
+        normed.meta = inherit(norm.result, "getitem")
+        values[1] = normed.meta[key]
+        _stand_in(normed, norm.result, effects)
+    op.meta[key] = tuple(values)
+    effects.position[op] = effects.position[end]
+    _stand_in(total, end, effects)
+    # The norm read the old sum, whose readers are now the new one's: its nodes go first.
+    return op, _erase(graph, site)
+
+
+def _combine_call(graph: Graph, site: Site) -> Node:
+    def operand(given: Node | str | None) -> Node | None:
+        return graph.get_attr(given) if isinstance(given, str) else given
+
+    routed, projected, norm = site.finalize, site.projection, site.norm
+    options: dict[str, object] = {}
+    if projected is None:
+        options["gate"] = site.gate
+    else:
+        options |= {"x": projected.x, "gate_weight": operand(projected.weight), "gate_bias": operand(projected.bias)}
+    if routed is not None:
+        options |= {"topk_weights": routed.weights, "inverse": routed.inverse, "top_k": routed.top_k}
+        options |= {"permuted": routed.permuted}
+    options["residual"] = site.residual
+    if norm is not None:
+        options |= {"norm_weight": operand(norm.weight), "eps": norm.eps, "offset": norm.offset}
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    args = (site.a if routed is None else routed.y, site.b)
+    return graph.create_node("call_function", torch.ops.fusionpass.moe_combine.default, args, options, name="moe_combine")
+
+
+def _empty_like(value: torch.Tensor) -> torch.Tensor:
+    with getattr(value, "fake_mode", None) or nullcontext():
+        return value.new_empty(0)
 
 
 def _call(graph: Graph, site: Site, options: Options) -> Node:

@@ -31,9 +31,12 @@ def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | 
 
 def fused_bytes(site: Site, words: Vocabulary) -> int | None:
     """Bytes the one op reads and writes."""
-    found = site.projection
+    found, routed, norm = site.projection, site.finalize, site.norm
     read = [site.gate] if found is None else [found.x, found.weight, found.bias]
-    moved = [bytes_of(words.tensor(operand)) for operand in (site.a, site.b, *read, site.add) if operand is not None]
+    read += [site.a] if routed is None else [routed.y, routed.weights, routed.inverse]
+    if norm is not None:
+        read += [norm.weight, norm.result]  # the weight read, the result written
+    moved = [bytes_of(words.tensor(operand)) for operand in (site.b, site.residual, *read, site.end) if operand is not None]
     return None if None in moved else sum(moved)
 
 

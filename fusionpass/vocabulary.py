@@ -30,8 +30,15 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "linear": (("input",), ("weight",), ("bias",)),
     "matmul": (("input", "self"), ("other", "mat2", "vec", "tensor2")),
     "addmm": (("input", "self"), ("mat1",), ("mat2",)),
+    "rms_norm": (("input",), ("normalized_shape",), ("weight",), ("eps",)),
+    "sum": (("input", "self"), ("dim", "axis"), ("keepdim",), ("dtype",)),
+    "mean": (("input", "self"), ("dim", "axis"), ("keepdim",), ("dtype",)),
+    "pow": (("input", "self"), ("exponent",)),
+    "square": (("input", "self"),),
+    "rsqrt": (("input", "self"),),
 }
-OPTIONAL = {("linear", 2)}  # a bias may be left out
+# What may be left out, and then is None: a bias, a norm's weight and eps, what a reduction is over.
+OPTIONAL = {("linear", 2), ("rms_norm", 2), ("rms_norm", 3)} | {(op, i) for op in ("sum", "mean") for i in (1, 2, 3)}
 # Keyword -> the only value under which the operation is the plain formula.
 NEUTRAL = {"alpha": 1, "value": 1, "beta": 1, "out": None, "inplace": False}
 
@@ -70,7 +77,22 @@ FUNCTIONS: dict[Any, str] = {
     aten.mv.default: "matmul",
     torch.addmm: "addmm",
     aten.addmm.default: "addmm",
+    F.rms_norm: "rms_norm",
+    torch.rms_norm: "rms_norm",
+    aten.rms_norm.default: "rms_norm",
+    torch.sum: "sum",
+    aten.sum.dim_IntList: "sum",
+    torch.mean: "mean",
+    aten.mean.dim: "mean",
+    torch.pow: "pow",
+    operator.pow: "pow",
+    aten.pow.Tensor_Scalar: "pow",
+    torch.square: "square",
+    aten.square.default: "square",
+    torch.rsqrt: "rsqrt",
+    aten.rsqrt.default: "rsqrt",
 }
+EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
 METHODS: dict[str, str] = {
     "add": "add",
     "__add__": "add",
@@ -93,8 +115,18 @@ METHODS: dict[str, str] = {
     "mm": "matmul",
     "mv": "matmul",
     "addmm": "addmm",
+    "sum": "sum",
+    "mean": "mean",
+    "pow": "pow",
+    "__pow__": "pow",
+    "square": "square",
+    "rsqrt": "rsqrt",
 }
-MODULES: dict[type, str] = {torch.nn.Sigmoid: "sigmoid", torch.nn.Linear: "linear"}
+MODULES: dict[type, str] = {
+    torch.nn.Sigmoid: "sigmoid",
+    torch.nn.Linear: "linear",
+    torch.nn.RMSNorm: "rms_norm",
+}
 
 CASTS = frozenset("to type type_as float half bfloat16 double _to_copy convert_element_type".split())
 # Reorder or drop nothing: with one value per row, the rows come out in the order they went in.
@@ -156,6 +188,37 @@ class Vocabulary:
         operands, oddity = _bind(node, op)
         return Meaning(op, operands, name != op, oddity)
 
+    def plain(self, node: object, op: str) -> tuple[Any, ...] | None:
+        """The operands when the node is a plain, out-of-place `op`."""
+        meaning = self.meaning(node)
+        if meaning is None or meaning.op != op or meaning.in_place or meaning.oddity is not None:
+            return None
+        return meaning.operands
+
+    def reduces(self, node: Node, dim: int, *, keepdim: bool) -> bool:
+        """Whether a sum or mean is over just this dim of its input, and keeps its dtype."""
+        operands = self.plain(node, "sum") or self.plain(node, "mean")
+        if operands is None or tensor_of(operands[0]) is None:
+            return False
+        source, dims, kept, dtype = operands
+        dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        rank = tensor_of(source).dim()
+        return [d % rank for d in dims] == [dim] and bool(kept) == keepdim and dtype in (None, tensor_of(node).dtype)
+
+    def squares(self, node: Node, source: Node) -> bool:
+        """Whether the node is source ** 2, in any spelling."""
+        power = self.plain(node, "pow")
+        if power is not None:
+            return power[0] is source and power[1] == 2
+        return self.plain(node, "square") == (source,) or self.plain(node, "mul") == (source, source)
+
+    def einsum(self, node: Node) -> tuple[str, tuple[Any, ...]] | None:
+        """(equation, operands) of an einsum."""
+        if node.op != "call_function" or node.target not in EINSUMS or not isinstance(node.args[0], str):
+            return None
+        rest = node.args[1:]
+        return node.args[0], tuple(rest[0] if len(rest) == 1 and isinstance(rest[0], (list, tuple)) else rest)
+
     def _module_meaning(self, node: Node, op: str) -> Meaning:
         module = self.module(node)
         oddity = Refusal("module-hook", "module {} has hooks, which run code of their own", node.target)
@@ -163,6 +226,9 @@ class Vocabulary:
         if op == "linear":
             bias = f"{node.target}.bias" if module.bias is not None else None
             operands = (*operands, f"{node.target}.weight", bias)
+        if op == "rms_norm":
+            weight = None if module.weight is None else f"{node.target}.weight"
+            operands = (*operands, module.normalized_shape, weight, module.eps)
         return Meaning(op, operands, oddity=oddity if has_hooks(module) or node.kwargs else None)
 
 
@@ -197,3 +263,21 @@ def is_view(node: Node) -> bool:
 
 def is_reshape(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and call_name(node) in RESHAPES
+
+
+def gather_of(node: Node) -> tuple[Node, Node] | None:
+    """(source, index) when the node takes rows of `source` by a tensor of integers: source[index], one index per row."""
+    name = call_name(node)
+    if node.op not in ("call_function", "call_method") or len(node.args) < 2 or node.kwargs:
+        return None
+    source, index = node.args[0], node.args[1]
+    if name == "index_select" and len(node.args) == 3 and node.args[1] == 0:
+        index = node.args[2]
+    elif name == "index" and isinstance(index, (list, tuple)) and len(index) == 1:
+        index = index[0]
+    elif name != "getitem":
+        return None
+    positions = tensor_of(index)
+    if positions is None or positions.dim() != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
+        return None
+    return source, index

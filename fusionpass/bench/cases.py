@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,42 @@ def _gate_projected_add_op(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> T
     return torch.ops.fusionpass.gate_projected_add(x, weight, None, a, b)
 
 
+TOP_K = 10  # as in Qwen3-Next
+EPS = 1e-6
+
+
+def _combine(x, gate_weight, a, b, residual, norm_weight):
+    total = residual + (a + torch.sigmoid(linear(x, gate_weight)) * b)
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return total, norm_weight * normed.to(total.dtype)
+
+
+def _combine_op(x, gate_weight, a, b, residual, norm_weight):
+    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
+    return torch.ops.fusionpass.moe_combine(a, b, **options)
+
+
+def _finalize_combine(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
+    a = (y * topk_weights)[inverse].view(-1, TOP_K, y.shape[-1]).sum(1)
+    return _combine(x, gate_weight, a, b, residual, norm_weight)
+
+
+def _finalize_combine_op(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
+    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
+    routed = {"topk_weights": topk_weights, "inverse": inverse, "top_k": TOP_K, "permuted": True}
+    return torch.ops.fusionpass.moe_combine(y, b, **routed, **options)
+
+
+def _combine_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (t, h), "weight": (1, h), "a": (t, h), "b": (t, h), "residual": (t, h), "norm_weight": (h,)}
+
+
+def _finalize_combine_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
+    shapes = {"x": (t, h), "weight": (1, h), "y": (t * TOP_K, h), "topk_weights": (t * TOP_K, 1), "inverse": (t * TOP_K,)}
+    return shapes | {"b": (t, h), "residual": (t, h), "norm_weight": (h,)}
+
+
 def _gated_add_shapes(t: int, h: int) -> dict[str, tuple[int, int]]:
     return {"a": (t, h), "gate": (t, 1), "b": (t, h)}
 
@@ -81,9 +117,9 @@ class Op:
         backward: the gradients of every input are measured, not the result.
     """
 
-    eager: Callable[..., Tensor]
-    here: Callable[..., Tensor]
-    shapes: Callable[[int, int], dict[str, tuple[int, int]]]
+    eager: Callable[..., Any]
+    here: Callable[..., Any]
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]
     reads: Callable[[int, int], int]
     writes: Callable[[int, int], int]
     backward: bool = False
@@ -103,6 +139,20 @@ OPS = {
         _gate_projected_add_shapes,
         reads=lambda t, h: 3 * t * h + h,  # x, a, b, weight
         writes=lambda t, h: t * h,
+    ),
+    "moe_combine": Op(  # gate projection, formula, residual, RMSNorm
+        _combine,
+        _combine_op,
+        _combine_shapes,
+        reads=lambda t, h: 4 * t * h + 2 * h,  # x, a, b, residual, weight, norm weight
+        writes=lambda t, h: 2 * t * h,  # the sum, the normed sum
+    ),
+    "moe_combine_top_10": Op(  # the same with the weighted top-10 sum that makes a; the inverse counts 4 elements of 16 bit
+        _finalize_combine,
+        _finalize_combine_op,
+        _finalize_combine_shapes,
+        reads=lambda t, h: (3 + TOP_K) * t * h + 2 * h + 5 * TOP_K * t,
+        writes=lambda t, h: 2 * t * h,
     ),
     "gated_add_backward": Op(
         _gated_add,
@@ -153,6 +203,9 @@ def draw(case: Case, generator: torch.Generator) -> Operands:
     like = {"dtype": DTYPES[case.dtype], "device": generator.device}
     inputs = []
     for name, shape in op.shapes(case.tokens, case.hidden).items():
+        if name == "inverse":
+            inputs.append(torch.randperm(*shape, generator=generator, device=generator.device))
+            continue
         tensor = torch.randn(shape, generator=generator, **like)
         inputs.append(tensor.div_(case.hidden**0.5) if name == "weight" else tensor)
     if not op.backward:

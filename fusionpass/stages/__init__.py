@@ -4,6 +4,6 @@ A stage is a module with `INFO`, a `RuleInfo`, and `grow(site, words, effects, o
 site and returns None, or leaves the site as it was and returns the refusal.
 """
 
-from fusionpass.stages import gate_projection
+from fusionpass.stages import finalize, gate_projection, residual, rms_norm
 
-STAGES = (gate_projection,)
+STAGES = (gate_projection, finalize, residual, rms_norm)

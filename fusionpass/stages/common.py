@@ -1,0 +1,119 @@
+"""What the stages around the combine ask alike: may the op be built here, and may these reads move to that node?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from fusionpass.effects import Effects
+from fusionpass.kernels.contract import MOST_COLUMNS
+from fusionpass.match import Refusal, Site
+from fusionpass.options import Options
+from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
+from fusionpass.vocabulary import is_cast, is_reshape
+
+CODES = {
+    "not-allowed": "the option 'rules' leaves the stage out",
+    "numerics-eager": "bit-for-bit numerics keep the neighbours as they are",
+    "needs-grad": "gradients are recorded, and the op has no backward for the stage",
+    "gate-columns": "the gate is not one value per row",
+    "hidden-size": "the number of columns is no fixed number within the limit",
+    "no-metadata": "the tracer recorded no tensor for an operand",
+    "shape": "an operand does not have the shape that the formula needs, or it is not known to",
+    "dtype": "an operand differs in dtype from the sum",
+    "subclass": "an operand is a tensor subclass or not strided",
+    "device": "an operand lives on another device",
+    "stride": "eager lays the result out in memory otherwise than the op does",
+    "state-change-between": "grad mode, autocast or the stream changes between the old reads and the op",
+    "mutation-between": "an operand is overwritten between the old read and the op",
+    "metadata-mutation": "an operand's shape or strides are changed in place",
+}
+
+
+def combinable(site: Site, options: Options) -> Refusal | None:
+    """Why the site's formula cannot be computed by `moe_combine` at all."""
+    if options.numerics == "eager":
+        return Refusal("numerics-eager", "numerics 'eager' keeps what is around {} as it is", site.add)
+    a, gate = tensor_of(site.a), tensor_of(site.gate)
+    if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
+        return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
+    columns = a.shape[-1]
+    if not isinstance(columns, int) or not 1 <= columns <= MOST_COLUMNS:
+        return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
+    if torch.is_grad_enabled():
+        for node in site.add.all_input_nodes + site.product.all_input_nodes + site.sigmoid.all_input_nodes:
+            if tensor_of(node) is not None and tensor_of(node).requires_grad:
+                return Refusal("needs-grad", "{} requires gradients, which only the formula's ops have", node)
+    return None
+
+
+def behind(node: Node, parts: list[Node], *, casts: bool = False) -> Node:
+    """The node before the reshapes, and with `casts` the casts, that end in `node`; `parts` gets those in front."""
+    while (is_reshape(node) or (casts and is_cast(node))) and node.args and isinstance(node.args[0], Node):
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        if before is None or after is None or not known_equal(before.shape[-1:] == after.shape[-1:], True):
+            break
+        if before.dtype not in (after.dtype, torch.float32):
+            break
+        parts.insert(0, node)
+        node = node.args[0]
+    return node
+
+
+def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
+    """Every part may be read inside the stage, or by `reader`, only."""
+    inside = {*parts, reader}
+    for part in parts:
+        for user in part.users:
+            if user not in inside:
+                return Refusal("used-elsewhere", "{} is read by {} too", part, user)
+    return None
+
+
+def kinds(site: Site, same: Sequence, wider: Sequence = ()) -> Refusal | None:
+    """The (name, tensor) pairs must be plain and of the sum's dtype and device; the `wider` ones may be float32."""
+    total = tensor_of(site.add)
+    for group, dtypes in ((same, (total.dtype,)), (wider, (total.dtype, torch.float32))):
+        for name, tensor in group:
+            if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
+                return Refusal("subclass", "{} is a {} of layout {}", name, type(tensor).__name__, tensor.layout)
+            if tensor.dtype not in dtypes:
+                return Refusal("dtype", "{} is {}, the sum {}", name, dtype_text(tensor.dtype), dtype_text(total.dtype))
+            if tensor.device != total.device:
+                return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, total.device)
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return Refusal("needs-grad", "{} requires gradients, which only the formula's ops have", name)
+    return None
+
+
+def movable(reads: Sequence, first: Node, now: Node, effects: Effects) -> Refusal | None:
+    """Whether the operands, (name, node, where it is read until now), may be read at `now`; `first` begins the stage."""
+    change = effects.state_change_between(first, now)
+    if change is not None:
+        return Refusal("state-change-between", "{} runs between {} and {}", change, first, now)
+    for name, node, read in reads:
+        if node is None:
+            continue
+        by_path = isinstance(node, str)  # a parameter of a module, for which the graph has no node
+        writer = effects.any_write_between(read, now) if by_path else effects.write_between(node, read, now)
+        if writer is not None:
+            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, now)
+        writer = None if by_path else effects.reshaped_by(node)
+        if writer is not None:
+            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
+    return None
+
+
+def operands(site: Site) -> list[tuple[str, Node | str | None]]:
+    """What the op reads of the formula and the stages before it."""
+    found = [("b", site.b)]
+    if site.finalize is None:
+        found.append(("a", site.a))
+    else:
+        found += [("y", site.finalize.y), ("topk_weights", site.finalize.weights), ("inverse", site.finalize.inverse)]
+    if site.projection is None:
+        return [*found, ("gate", site.gate)]
+    projection = site.projection
+    return [*found, ("x", projection.x), ("weight", projection.weight), ("bias", projection.bias)]
