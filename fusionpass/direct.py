@@ -34,9 +34,10 @@ def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor
 
 def moe_combine(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
     """`torch.ops.fusionpass.moe_combine`."""
-    tensors = [a, b, *[value for value in options.values() if isinstance(value, Tensor)]]
+    arguments = implementations.combine_arguments(a, b, **options)
+    tensors = arguments[: implementations.COMBINE_TENSORS]
     if plain(*tensors) and (a.is_cuda or _has_kernels(a)) and not recorded(*tensors):
-        return implementations.moe_combine_cuda(a, b, **options)
+        return implementations.kernels().moe_combine.moe_combine(*arguments)
     return library.moe_combine(a, b, **options)
 
 

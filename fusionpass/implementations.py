@@ -167,6 +167,8 @@ def _all_tensors(
 
 # moe_combine
 
+COMBINE_TENSORS = 11  # of its arguments, in front of four numbers
+
 
 def combine_arguments(
     a: Tensor,
@@ -178,6 +180,7 @@ def combine_arguments(
     gate_bias: Tensor | None = None,
     topk_weights: Tensor | None = None,
     inverse: Tensor | None = None,
+    masked: Tensor | None = None,
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     top_k: int = 0,
@@ -186,7 +189,7 @@ def combine_arguments(
     offset: float = 0.0,
 ) -> tuple:
     """The arguments in the order in which the kernel and the expression take them."""
-    tensors = (a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, residual, norm_weight)
+    tensors = (a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, masked, residual, norm_weight)
     return *tensors, top_k, permuted, eps, offset
 
 
@@ -212,5 +215,7 @@ def check_combine(a: Tensor, b: Tensor, options: dict) -> None:
     """Raises RuntimeError outside the op's contract."""
     plain = ("top_k", "permuted", "eps", "offset")
     named = {"a": a, "b": b} | {name: value for name, value in options.items() if name not in plain}
-    top_k, permuted, eps = (options.get(name, other) for name, other in (("top_k", 0), ("permuted", False), ("eps", None)))
+    top_k, permuted, eps = (
+        options.get(name, other) for name, other in (("top_k", 0), ("permuted", False), ("eps", None))
+    )
     contract.check_moe_combine(named, top_k, permuted, eps)

@@ -13,7 +13,7 @@ for _schema in (
     'gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32") -> Tensor',
     "gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> Tensor",
     "moe_combine(Tensor a, Tensor b, *, Tensor? gate=None, Tensor? x=None, Tensor? gate_weight=None, "
-    "Tensor? gate_bias=None, Tensor? topk_weights=None, Tensor? inverse=None, Tensor? residual=None, "
+    "Tensor? gate_bias=None, Tensor? topk_weights=None, Tensor? inverse=None, Tensor? masked=None, Tensor? residual=None, "
     "Tensor? norm_weight=None, int top_k=0, bool permuted=False, float? eps=None, float offset=0.0) -> (Tensor, Tensor)",
     "_gated_add_out(Tensor a, Tensor gate, Tensor b, Tensor(a!) out) -> ()",
     "_gated_add_backward(Tensor dy, Tensor gate, Tensor b) -> (Tensor, Tensor)",

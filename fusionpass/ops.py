@@ -7,8 +7,9 @@
     fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
     fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
 
-All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two are
-those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands.
+All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two
+are those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
+`moe_combine` are contiguous.
 """
 
 from __future__ import annotations

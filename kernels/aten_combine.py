@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 def moe_combine_expression(
     a: Tensor, b: Tensor, gate: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    topk_weights: Tensor | None, inverse: Tensor | None, residual: Tensor | None, norm_weight: Tensor | None,
+    topk_weights: Tensor | None, inverse: Tensor | None, masked: Tensor | None, residual: Tensor | None,
+    norm_weight: Tensor | None,
     top_k: int, permuted: bool, eps: float | None, offset: float, *, dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum and the normed sum in differentiable ops, computed in `dtype` and rounded once; the truth in float64."""
@@ -19,6 +20,8 @@ def moe_combine_expression(
     routed = a.reshape(-1, h).to(dtype)
     if top_k:
         weights = topk_weights.reshape(-1, 1).to(dtype)
+        if masked is not None:
+            routed = routed.masked_fill(masked.reshape(-1, 1), 0)
         if permuted:
             routed = routed * weights
         if inverse is not None:

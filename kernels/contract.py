@@ -24,6 +24,15 @@ def known_to_differ(m: int, n: int) -> bool:
     return statically_known_true(m != n)
 
 
+def known_outside(n: int, least: int, most: int) -> bool:
+    """Whether a size is outside the limits for certain."""
+    if type(n) is int:
+        return not least <= n <= most
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(n < least) or statically_known_true(n > most)
+
+
 def shapes_differ(m: Sequence[int], n: Sequence[int]) -> bool:
     return len(m) != len(n) or any(map(known_to_differ, m, n))
 
@@ -86,8 +95,11 @@ MOST_COLUMNS = 16384  # of a row that one program holds
 
 def moe_combine_problem(named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None) -> str | None:
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    for name in ("b", "a", "x", "residual"):
+        if name in given and given[name].dim() == 0:
+            return f"{name} has no dims, allowed: one or more"
     b, h = given["b"], given["b"].shape[-1]
-    free = ("inverse", "topk_weights", "norm_weight")
+    free = ("inverse", "masked", "topk_weights", "norm_weight")
     problem = kind_problem({"b": b} | {name: t for name, t in given.items() if name not in free})
     if problem is not None:
         return problem
@@ -96,22 +108,32 @@ def moe_combine_problem(named: dict[str, Tensor | None], top_k: int, permuted: b
             return f"{name} is {given[name].dtype}, allowed: {b.dtype} as b, or torch.float32"
     if "inverse" in given and given["inverse"].dtype not in (torch.int32, torch.int64):
         return f"inverse is {given['inverse'].dtype}, allowed: torch.int32 or torch.int64"
+    if "masked" in given and given["masked"].dtype != torch.bool:
+        return f"masked is {given['masked'].dtype}, allowed: torch.bool"
     for name, tensor in given.items():
         if tensor.device != b.device:
             return f"{name} is on {tensor.device}, allowed: {b.device} as b"
-    if known_to_differ(min(max(h, 1), MOST_COLUMNS), h):
+    if known_outside(h, 1, MOST_COLUMNS):
         return f"b has {h} columns, allowed: 1 to {MOST_COLUMNS}"
     if not 0 <= top_k <= MOST_TOP_K or (top_k > 0) != ("topk_weights" in given):
         return f"top_k is {top_k}, allowed: 1 to {MOST_TOP_K} with topk_weights, 0 without"
-    if ("inverse" in given or permuted) and not top_k:
-        return "inverse or permuted is given and top_k is 0, allowed: with topk_weights"
+    if ("inverse" in given or "masked" in given or permuted) and not top_k:
+        return "inverse, masked or permuted is given and top_k is 0, allowed: with topk_weights"
     if permuted and "inverse" not in given:
         return "permuted is True, allowed: with inverse"
     if ("gate" in given) == ("x" in given) or ("x" in given) != ("gate_weight" in given):
         return "allowed: either gate, or x and gate_weight"
+    if "gate_bias" in given and "x" not in given:
+        return "gate_bias is given without x"
     rows = prod(b.shape[:-1])
     slots = rows * top_k
-    sizes = {"a": slots * h if top_k else rows * h, "topk_weights": slots, "inverse": slots, "gate": rows}
+    sizes = {
+        "a": slots * h if top_k else rows * h,
+        "topk_weights": slots,
+        "inverse": slots,
+        "masked": slots,
+        "gate": rows,
+    }
     sizes |= {"residual": rows * h, "norm_weight": h, "gate_bias": 1}
     for name, size in sizes.items():
         if name in given and known_to_differ(given[name].numel(), size):

@@ -11,7 +11,8 @@ gradient  da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = d
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
+from math import gcd, prod
 
 import torch
 import triton
@@ -57,7 +58,7 @@ def dot(X, W, x_col, w_col, lane, K: tl.constexpr, BLOCK: tl.constexpr, INTERPRE
 def gate_projected_add_kernel(
     X, W, BIAS, A, B, Y, LOGIT, x_row, x_col, w_col, a_row, a_col, b_row, b_col, y_row, y_col,
     HAS_BIAS: tl.constexpr, KEEP_LOGIT: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
-    INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr,
+    INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr, VECTOR: tl.constexpr,
     K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One program computes one row's logit and BLOCK_H of its results; a and b are on their way during the dot product.
@@ -76,16 +77,18 @@ def gate_projected_add_kernel(
     if DEPENDENT:
         gdc_wait()  # nothing before this reads or writes memory, the weight included
         gdc_launch_dependents()
-    a = tl.load(A + row * a_row + h * a_col, mask=h < H, other=0.0)
-    b = tl.load(B + row * b_row + h * b_col, mask=h < H, other=0.0)
-    logit = dot(X + row * x_row, W, x_col, w_col, lane, K, BLOCK_K, INTERPRETED)
+    a = tl.load(A + tl.multiple_of(row * a_row, VECTOR) + h * a_col, mask=h < H, other=0.0)
+    b = tl.load(B + tl.multiple_of(row * b_row, VECTOR) + h * b_col, mask=h < H, other=0.0)
+    logit = dot(X + tl.multiple_of(row * x_row, VECTOR), W, x_col, w_col, lane, K, BLOCK_K, INTERPRETED)
     if HAS_BIAS:
         logit += widened(tl.load(BIAS), INTERPRETED)
     if KEEP_LOGIT:
         first = tl.program_id(0) % programs == 0
         tl.store(LOGIT + row, rounded(logit, Y.dtype.element_ty, INTERPRETED), mask=first)
     y = widened(a, INTERPRETED) + sigmoid(logit, PRECISE, INTERPRETED) * widened(b, INTERPRETED)
-    tl.store(Y + row * y_row + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H)
+    tl.store(
+        Y + tl.multiple_of(row * y_row, VECTOR) + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H
+    )
 
 
 def blocks_and_warps(k: int, h: int) -> tuple[int, int, int]:
@@ -93,6 +96,14 @@ def blocks_and_warps(k: int, h: int) -> tuple[int, int, int]:
     block_k, block_h = (min(triton.next_power_of_2(n), BLOCK_LIMIT) for n in (k, h))
     warps = max(k, h) // COLUMNS_PER_WARP
     return block_k, block_h, min(max(1 << warps.bit_length() >> 1, 1), MOST_WARPS)
+
+
+def vector(row_strides: Sequence[int], itemsize: int) -> int:
+    """Elements of the widest access that starts of all rows are aligned to, in at most 16 bytes.
+
+    Triton sees by itself only whether a stride is a multiple of 16 elements, which those of 3000 columns are not.
+    """
+    return gcd(16 // itemsize, *row_strides)
 
 
 def column_stride(weight: Tensor) -> int:
@@ -124,7 +135,8 @@ def _prepared(
     precise = y.dtype == torch.float32
     device = y.get_device()
     dependent = dependent_launch(device)
-    numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent, k, h, block_k, block_h]
+    numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent]
+    numbers += [vector(rows, y.element_size()), k, h, block_k, block_h]
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     programs = triton.cdiv(h, block_h)
     launches = []

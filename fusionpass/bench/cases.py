@@ -93,7 +93,13 @@ def _combine_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
 
 
 def _finalize_combine_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
-    shapes = {"x": (t, h), "weight": (1, h), "y": (t * TOP_K, h), "topk_weights": (t * TOP_K, 1), "inverse": (t * TOP_K,)}
+    shapes = {
+        "x": (t, h),
+        "weight": (1, h),
+        "y": (t * TOP_K, h),
+        "topk_weights": (t * TOP_K, 1),
+        "inverse": (t * TOP_K,),
+    }
     return shapes | {"b": (t, h), "residual": (t, h), "norm_weight": (h,)}
 
 

@@ -65,7 +65,8 @@ def calls_of(function: Callable[..., Tensor], sets: Sequence[Operands]) -> list[
 def truth(expression: Callable[..., Tensor], operands: Operands) -> tuple[Tensor, ...]:
     """What a call on `operands` returns, in float64."""
     inputs = tuple(
-        t.detach().double().requires_grad_(operands.dy is not None) if t.is_floating_point() else t for t in operands.inputs
+        t.detach().double().requires_grad_(operands.dy is not None) if t.is_floating_point() else t
+        for t in operands.inputs
     )
     dy = None if operands.dy is None else operands.dy.double()
     return as_tuple(calls_of(expression, [Operands(inputs, dy)])[0]())
