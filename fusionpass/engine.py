@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 
 from fusionpass import ops  # noqa: F401  registers torch.ops.fusionpass
 from fusionpass.copying import child_graphs
+from fusionpass.cost import left_to_inner
 from fusionpass.effects import Effects
 from fusionpass.guards import judge
 from fusionpass.match import Refusal, Site
@@ -35,18 +36,19 @@ class Outcome:
     nodes: int = 0
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # name of an add -> name of the node in its place
+    renamed: dict[str, str] = field(default_factory=dict)  # name of a value's old node -> name of its new one
 
 
-def run(graph_module: GraphModule, options: Options, *, foreign: str = "") -> Outcome:
+def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned: bool = False) -> Outcome:
     """Rewrite `graph_module` in place and say what was done.
 
     Args:
         foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
             Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
+        tuned: the inner compiler is Inductor in a mode that tunes its kernels.
     """
     outcome = Outcome()
-    _run(graph_module, options, outcome, foreign, set(), inside_functorch=False)
+    _run(graph_module, options, outcome, foreign, tuned, set(), inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -56,7 +58,15 @@ def run(graph_module: GraphModule, options: Options, *, foreign: str = "") -> Ou
     return outcome
 
 
-def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen: set[int], inside_functorch: bool):
+def _run(
+    gm: GraphModule,
+    options: Options,
+    outcome: Outcome,
+    foreign: str,
+    tuned: bool,
+    seen: set[int],
+    inside_functorch: bool,
+):
     if id(gm) in seen:  # a child that several higher-order calls share
         return
     seen.add(id(gm))
@@ -78,6 +88,10 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
             outcome.misses.append(_miss(add, refusal))
             continue
         _grow(site, words, effects, options)
+        refusal = left_to_inner(site, effects, options, tuned=tuned) if options.profitable_only else None
+        if refusal is not None:
+            outcome.misses.append(_miss(add, refusal))
+            continue
         outcome.rewrites.append(_replace(gm, site, words, effects, options, outcome))
         gone.update(outcome.rewrites[-1].nodes)
         changed = True
@@ -85,7 +99,7 @@ def _run(gm: GraphModule, options: Options, outcome: Outcome, foreign: str, seen
     if children:  # asked once, not once per child: a model may have one per layer
         effects = effects or Effects(gm, inside_functorch)
     for child in children.values():
-        _run(child, options, outcome, foreign, seen, effects.has_functorch)
+        _run(child, options, outcome, foreign, tuned, seen, effects.has_functorch)
     if changed:
         gm.recompile()
 
@@ -116,20 +130,21 @@ def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> 
 
 
 def _replace(gm, site: Site, words: Vocabulary, effects: Effects, options: Options, outcome: Outcome) -> Rewrite:
-    add, total = site.add, tensor_of(site.end)
+    total = tensor_of(site.end)
     kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
     bytes_fused = fused_bytes(site, words)
+    module, source = module_of(site.add), source_of(site.add)
     stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
-    new, gone = replace(gm.graph, site, effects, options)
+    new, gone, renamed = replace(gm.graph, site, effects, options)
     kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
-    outcome.renamed[add.name] = new.name
+    outcome.renamed |= renamed
     return Rewrite(
         rule="gated_add",
         stages=list(site.stages),
         nodes=gone,
         replacement=new.name,
-        module=module_of(new),
-        source=source_of(new),
+        module=module,
+        source=source,
         shape=[size if isinstance(size, int) else str(size) for size in total.shape],
         dtype=dtype_text(total.dtype),
         kernels_before=kernels_before,

@@ -20,6 +20,7 @@ from fusionpass.tensors import (
     value_of,
 )
 from fusionpass.verify import same_result
+from fusionpass.vocabulary import readers
 
 CODES = {
     "view-between": "a view stands between the sigmoid, the product and the sum, so rows and gates no longer line up",
@@ -47,6 +48,7 @@ CODES = {
     "metadata-mutation": "an operand's shape or strides are changed in place",
     "result": "the op's result would differ from the sum in shape, dtype or device",
     "stride": "the op would lay the result out in memory otherwise than eager does",
+    "left-to-inner": "the inner compiler by itself would be faster (option profitable_only)",
 }
 
 
@@ -69,9 +71,10 @@ def product_read_once(site: Site, effects: Effects) -> Refusal | None:
     if site.a in site.handed_on:
         return Refusal("multi-use", "{} adds {} to itself", site.add, site.a)
     for part in site.handed_on:
-        if len(part.users) != 1:
-            readers = ", ".join(sorted(user.name for user in part.users))
-            return Refusal("multi-use", "{} has {} users ({})", part, len(part.users), readers)
+        found = readers(part)
+        if len(found) != 1:
+            names = ", ".join(sorted(reader.name for reader in found))
+            return Refusal("multi-use", "{} has {} users ({})", part, len(found), names)
     return None
 
 

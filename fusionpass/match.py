@@ -54,6 +54,7 @@ class Finalize:
     top_k: int
     inverse: Node | None
     permuted: bool  # the weights lie in the order of y, not of the sum
+    masked: Node | None = None  # rows of y that count as zero
 
 
 @dataclass
@@ -65,14 +66,15 @@ class Norm:
     offset: float
     result: Node
     parts: list[Node]
+    weight_read: Node  # the first of its nodes that reads the weight
 
 
 @dataclass
 class Site:
     """One a + sigmoid(gate) * b, as nodes.
 
-    `parts` are the nodes the op would take the place of, from the earliest read on; of these, `handed_on` are the product
-    and the identity casts after it, which nobody but the sum may read.
+    `parts` are the nodes the op would take the place of, those of a stage together in data-flow order; of these,
+    `handed_on` are the product and the identity casts after it, which nobody but the sum may read.
     """
 
     add: Node

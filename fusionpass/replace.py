@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -13,12 +14,22 @@ from fusionpass.match import Site
 from fusionpass.options import Options
 from fusionpass.provenance import inherit
 from fusionpass.tensors import tensor_of
+from fusionpass.vocabulary import is_reshape, readers
 
 
-def replace(graph: Graph, site: Site, effects: Effects, options: Options) -> tuple[Node, list[str]]:
-    """Compute the site's sum by one op, right where the add stood; returns the new node and the names of those gone.
+class Replacement(NamedTuple):
+    """The node of the op, the names of the nodes that are gone, and the new names of the values that live on."""
 
-    Only the site's own nodes are erased, each only when nothing reads it any more; no other node is touched.
+    node: Node
+    gone: list[str]
+    renamed: dict[str, str]
+
+
+def replace(graph: Graph, site: Site, effects: Effects, options: Options) -> Replacement:
+    """Compute the site's results by one op, right where the last of its sums stood.
+
+    Only the site's own nodes and the views made for them are erased, each only when nothing reads it any more; no other
+    node is touched.
     """
     if site.combined:
         return _combine(graph, site, effects)
@@ -29,7 +40,7 @@ def replace(graph: Graph, site: Site, effects: Effects, options: Options) -> tup
     if site.writes_a:
         _own_value(new, tensor_of(add))
     _stand_in(new, add, effects)
-    return new, _erase(graph, site)
+    return Replacement(new, _erase(graph, site), {add.name: new.name})
 
 
 def _stand_in(new: Node, old: Node, effects: Effects) -> None:
@@ -39,28 +50,44 @@ def _stand_in(new: Node, old: Node, effects: Effects) -> None:
 
 def _erase(graph: Graph, site: Site) -> list[str]:
     """Erase those of the site's nodes that nothing reads any more, and say which."""
-    gone = []
+    gone: dict[Node, str] = {}
+
+    def erase(node: Node) -> None:
+        graph.erase_node(node)
+        gone[node] = node.name
+
     for part in reversed(site.parts):
-        if not part.users:
-            graph.erase_node(part)
-            gone.append(part.name)
-    return gone[::-1]
+        if part in gone or readers(part):
+            continue
+        operands = part.all_input_nodes
+        for node in (*part.users, part):  # asserts on what is gone, then itself
+            erase(node)
+        for operand in operands:  # views that only the part read, such as the weights' unsqueeze
+            while is_reshape(operand) and not operand.users:
+                before = operand.args[0]
+                erase(operand)
+                operand = before
+    return list(gone.values())[::-1]
 
 
-def _combine(graph: Graph, site: Site, effects: Effects) -> tuple[Node, list[str]]:
+def _combine(graph: Graph, site: Site, effects: Effects) -> Replacement:
     """The op for a site that grew: two results, of which the second takes the place of the norm."""
     end, norm = site.end, site.norm
     key = "val" if "val" in end.meta else "example_value"
     with graph.inserting_before(end):
         op = _combine_call(graph, site)
         total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
-        normed = graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed") if norm else None
+        normed = (
+            graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed") if norm else None
+        )
     total.meta = inherit(end, "getitem")
     if site.writes_a and end is site.add:
         _own_value(total, tensor_of(end))
     op.meta = {k: v for k, v in total.meta.items() if k not in ("tensor_meta", "val", "example_value")}
     values = [total.meta[key], _empty_like(total.meta[key])]
+    renamed = {end.name: total.name}
     if norm is not None:
+        renamed[norm.result.name] = normed.name
         normed.meta = inherit(norm.result, "getitem")
         values[1] = normed.meta[key]
         _stand_in(normed, norm.result, effects)
@@ -68,7 +95,7 @@ def _combine(graph: Graph, site: Site, effects: Effects) -> tuple[Node, list[str
     effects.position[op] = effects.position[end]
     _stand_in(total, end, effects)
     # The norm read the old sum, whose readers are now the new one's: its nodes go first.
-    return op, _erase(graph, site)
+    return Replacement(op, _erase(graph, site), renamed)
 
 
 def _combine_call(graph: Graph, site: Site) -> Node:
@@ -83,13 +110,15 @@ def _combine_call(graph: Graph, site: Site) -> Node:
         options |= {"x": projected.x, "gate_weight": operand(projected.weight), "gate_bias": operand(projected.bias)}
     if routed is not None:
         options |= {"topk_weights": routed.weights, "inverse": routed.inverse, "top_k": routed.top_k}
-        options |= {"permuted": routed.permuted}
+        options |= {"permuted": routed.permuted, "masked": routed.masked}
     options["residual"] = site.residual
     if norm is not None:
         options |= {"norm_weight": operand(norm.weight), "eps": norm.eps, "offset": norm.offset}
     options = {name: value for name, value in options.items() if value is not None and value is not False}
     args = (site.a if routed is None else routed.y, site.b)
-    return graph.create_node("call_function", torch.ops.fusionpass.moe_combine.default, args, options, name="moe_combine")
+    return graph.create_node(
+        "call_function", torch.ops.fusionpass.moe_combine.default, args, options, name="moe_combine"
+    )
 
 
 def _empty_like(value: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,11 @@ def known_equal(left: Any, right: Any) -> bool:
     return statically_known_true(left == right)
 
 
+def fixed(size: Any) -> int | None:
+    """The size as a number, None when inputs of other sizes are admitted."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def same_sizes(left: Sequence[Any], right: Sequence[Any]) -> bool:
     return len(left) == len(right) and all(map(known_equal, left, right))
 

@@ -11,14 +11,14 @@ from torch.fx import Node
 
 from fusionpass.match import Site
 from fusionpass.tensors import tensor_of
-from fusionpass.vocabulary import Vocabulary
+from fusionpass.vocabulary import Vocabulary, gather_of, is_cast
 
 
 def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | None]:
     """How many kernels the nodes launch in eager and how many bytes those move; None when a size has no known value."""
     kernels, total = 0, 0
     for node in nodes:
-        if words.operation(node) is None:
+        if not _launches(node, words):
             continue
         kernels += 1
         moved = [bytes_of(tensor_of(operand)) for operand in node.all_input_nodes]
@@ -29,14 +29,24 @@ def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | 
     return kernels, total
 
 
+def _launches(node: Node, words: Vocabulary) -> bool:
+    """Whether eager launches a kernel for the node."""
+    if is_cast(node):
+        before, after = tensor_of(node.all_input_nodes[0]), tensor_of(node)
+        return before is None or after is None or before.dtype != after.dtype
+    return words.operation(node) is not None or gather_of(node) is not None or words.einsum(node) is not None
+
+
 def fused_bytes(site: Site, words: Vocabulary) -> int | None:
     """Bytes the one op reads and writes."""
     found, routed, norm = site.projection, site.finalize, site.norm
     read = [site.gate] if found is None else [found.x, found.weight, found.bias]
-    read += [site.a] if routed is None else [routed.y, routed.weights, routed.inverse]
+    read += [site.a] if routed is None else [routed.y, routed.weights, routed.inverse, routed.masked]
     if norm is not None:
         read += [norm.weight, norm.result]  # the weight read, the result written
-    moved = [bytes_of(words.tensor(operand)) for operand in (site.b, site.residual, *read, site.end) if operand is not None]
+    moved = [
+        bytes_of(words.tensor(operand)) for operand in (site.b, site.residual, *read, site.end) if operand is not None
+    ]
     return None if None in moved else sum(moved)
 
 

@@ -35,7 +35,9 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "mean": (("input", "self"), ("dim", "axis"), ("keepdim",), ("dtype",)),
     "pow": (("input", "self"), ("exponent",)),
     "square": (("input", "self"),),
+    "shift": (("self",), ("other",)),
     "rsqrt": (("input", "self"),),
+    "masked_fill": (("input", "self"), ("mask",), ("value",)),
 }
 # What may be left out, and then is None: a bias, a norm's weight and eps, what a reduction is over.
 OPTIONAL = {("linear", 2), ("rms_norm", 2), ("rms_norm", 3)} | {(op, i) for op in ("sum", "mean") for i in (1, 2, 3)}
@@ -49,6 +51,8 @@ FUNCTIONS: dict[Any, str] = {
     aten.add.Tensor: "add",
     aten.add_.Tensor: "add_",
     aten.add.out: "add",
+    aten.add.Scalar: "shift",
+    aten.add_.Scalar: "shift_",
     operator.mul: "mul",
     operator.imul: "mul_",
     torch.mul: "mul",
@@ -91,6 +95,8 @@ FUNCTIONS: dict[Any, str] = {
     aten.square.default: "square",
     torch.rsqrt: "rsqrt",
     aten.rsqrt.default: "rsqrt",
+    torch.masked_fill: "masked_fill",
+    aten.masked_fill.Scalar: "masked_fill",
 }
 EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
 METHODS: dict[str, str] = {
@@ -121,6 +127,7 @@ METHODS: dict[str, str] = {
     "__pow__": "pow",
     "square": "square",
     "rsqrt": "rsqrt",
+    "masked_fill": "masked_fill",
 }
 MODULES: dict[type, str] = {
     torch.nn.Sigmoid: "sigmoid",
@@ -263,6 +270,19 @@ def is_view(node: Node) -> bool:
 
 def is_reshape(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and call_name(node) in RESHAPES
+
+
+def is_metadata_assert(node: Node) -> bool:
+    """Whether the node only checks dtype, device and layout of a tensor, as export has it before each `.to`.
+
+    It holds by what the tracer recorded, so it goes with the tensor it speaks of and is none of its readers.
+    """
+    return node.target is aten._assert_tensor_metadata.default and not node.users
+
+
+def readers(node: Node) -> list[Node]:
+    """The users that read the node's value."""
+    return [user for user in node.users if not is_metadata_assert(user)]
 
 
 def gather_of(node: Node) -> tuple[Node, Node] | None:

@@ -105,7 +105,8 @@ def test_report_on_a_model_type(run):
     status, out, err = run("report", "qwen3_next", "--layers", 2, "--expect", 2)
     assert (status, err) == (0, "")
     assert "modeling_qwen3_next.py:" in out and "model.layers.1.mlp" in out
-    assert "2 rewritten (2 with gate_projection)" in out.splitlines()[-1]
+    stages = "2 with finalize, 2 with gate_projection, 2 with residual, 2 with rms_norm"
+    assert f"2 rewritten ({stages}), 0 near misses" in out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_5_moe", "qwen3_omni_moe_talker_text"])

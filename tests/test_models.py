@@ -7,7 +7,7 @@ import copy
 import models
 import pytest
 import torch
-from programs import DEVICE, SCATTER, assert_only_sites_changed, relative_error, unfused
+from programs import ALONE, DEVICE, SCATTER, WHOLE, assert_only_sites_changed, relative_error, stops, unfused
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -18,6 +18,7 @@ from fusionpass.options import Options
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
 LAYERS = 2
 GROWN = ["gate_projection", "gated_add"]
+ROUTED = ["finalize", *GROWN]
 
 
 def compiled(model, *, dynamic: bool | None = None):
@@ -48,7 +49,13 @@ def test_dynamo(family, experts, dynamic, training):
                 outputs[-1].double().square().mean().backward()
 
     captured = 1 if experts == "eager" else LAYERS  # eager experts split each layer; the pieces are shared by layers
-    assert [r.stages for r in report.rewrites] == [GROWN] * captured
+    # The last layer's sum goes into the model's own norm. In pieces, the graph of the formula begins with the experts' sum
+    # and ends with the block.
+    joined, outside = (WHOLE, {}) if experts != "eager" else (GROWN, ALONE)
+    if training:
+        joined, outside = GROWN, dict.fromkeys(ALONE, "needs-grad")
+    assert [r.stages for r in report.rewrites] == [joined] * captured
+    assert [stops(r) for r in report.rewrites] == [outside] * captured
     assert report.executed == LAYERS
     assert report.misses == []
     assert [r.source.split(":")[0] for r in report.rewrites] == [f"modeling_{family}.py"] * captured
@@ -91,16 +98,40 @@ class Recorder(Interpreter):
         self.sites: list[tuple] = []
 
     def call_function(self, target, args, kwargs):
-        if target is torch.ops.fusionpass.gate_projected_add.default:
-            self.sites.append(args)
+        if getattr(target, "namespace", "") == "fusionpass":
+            assert target is torch.ops.fusionpass.moe_combine.default
+            self.sites.append((args, kwargs))
         return super().call_function(target, args, kwargs)
 
 
+def as_written(family: str, dtype: torch.dtype, y, b, **given) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's sum and its norm, node by node as transformers writes them, in `dtype`; in float64 the truth."""
+    assert given.pop("offset", 0.0) == (0.0 if family == "qwen2_moe" else 1.0)
+    top_k, eps, permuted = given.pop("top_k"), given.pop("eps"), given.pop("permuted", False)
+    inverse = given.pop("inverse", None)
+    assert permuted == (inverse is not None)  # grouped_mm weighs the experts' outputs where they lie
+    if dtype is torch.float64:
+        y, b, given = y.double(), b.double(), {name: tensor.double() for name, tensor in given.items()}
+    wide = torch.promote_types(dtype, torch.float32)
+    weighted = y.reshape(-1, y.shape[-1]) * given.pop("topk_weights").reshape(-1, 1)
+    if inverse is not None:
+        weighted = weighted[inverse]
+    routed = weighted.view(b.shape[0], top_k, -1).sum(dim=1).to(dtype)
+    logit = torch.nn.functional.linear(given.pop("x"), given.pop("gate_weight"))
+    residual, weight = given.pop("residual"), given.pop("norm_weight")
+    assert not given
+    total = residual + (routed + torch.sigmoid(logit) * b).reshape(residual.shape)
+    normed = total.to(wide)
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return total, weight * normed.to(dtype) if family == "qwen2_moe" else (normed * (1.0 + weight.to(wide))).to(dtype)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", models.FAMILIES)
-def test_the_site_itself(family, dtype):
-    """On the very operands the model feeds it, the op's largest error is no larger than that of eager's four kernels."""
-    model, inputs = models.build(family, dtype=dtype, experts="batched_mm")
+def test_the_site_itself(family, dtype, experts):
+    """On the very operands the model feeds it, each result's largest error is no larger than that of eager's kernels."""
+    model, inputs = models.build(family, dtype=dtype, experts=experts)
     recorders = []
 
     def inner(graph_module, example_inputs):
@@ -111,14 +142,15 @@ def test_the_site_itself(family, dtype):
         fusionpass.fuse(model, inner=inner)(**inputs)
         sites = [site for recorder in recorders for site in recorder.sites]
         assert len(sites) == LAYERS
-        for x, weight, bias, a, b in sites:
-            got = torch.ops.fusionpass.gate_projected_add(x, weight, bias, a, b)
-            eager = a + torch.sigmoid(torch.nn.functional.linear(x, weight, bias)) * b
-            x, weight, a, b = (t.double() for t in (x, weight, a, b))
-            truth = a + torch.sigmoid(torch.nn.functional.linear(x, weight)) * b
-            # float32 has nothing to gain: there both sides round alike and only the order of the dot product differs.
-            slack = torch.finfo(dtype).eps * truth.abs().max() if dtype is torch.float32 else 0
-            assert (got.double() - truth).abs().max() <= (eager.double() - truth).abs().max() + slack
+        for args, kwargs in sites:
+            results = torch.ops.fusionpass.moe_combine(*args, **kwargs)
+            written = as_written(family, dtype, *args, **kwargs)
+            truths = as_written(family, torch.float64, *args, **kwargs)
+            for got, eager, truth in zip(results, written, truths, strict=True):
+                assert (got.dtype, got.shape, got.stride()) == (eager.dtype, eager.shape, eager.stride())
+                # float32 has nothing to gain: there both sides round alike and only the order of the sums differs.
+                slack = torch.finfo(dtype).eps * truth.abs().max() if dtype is torch.float32 else 0
+                assert (got.double() - truth).abs().max() <= (eager.double() - truth).abs().max() + slack
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -137,7 +169,7 @@ def test_no_other_node_changes_in_a_dynamo_graph(family):
     with torch.no_grad():
         expected = model(**inputs).logits
         got = torch.compile(model, backend=backend)(**inputs).logits
-    assert [len(report.rewrites) for report in reports] == [LAYERS]
+    assert [[r.stages for r in report.rewrites] for report in reports] == [[WHOLE] * LAYERS]
     torch.testing.assert_close(got, expected)
 
 
@@ -154,7 +186,7 @@ def test_export(family, dynamic, experts):
     with torch.no_grad():
         program = torch.export.export(model, (), ids, dynamic_shapes=shapes, strict=False)
         after, report = fusionpass.rewrite(program)
-        assert [r.stages for r in report.rewrites] == [GROWN] * LAYERS
+        assert [r.stages for r in report.rewrites] == [WHOLE] * LAYERS
         assert [r.module for r in report.rewrites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
         assert_only_sites_changed(program.graph_module, after.graph_module, report)
         expected, got = program.module()(**ids).logits, after.module()(**ids).logits
@@ -174,7 +206,10 @@ def test_make_fx_of_the_block(family, experts, mode):
     with torch.no_grad():
         before = make_fx(lambda h: block(h), tracing_mode=mode, _allow_non_fake_inputs=True)(hidden)
         after, report = fusionpass.rewrite(before)
-        assert [r.stages for r in report.rewrites] == [GROWN]
+        assert [r.stages for r in report.rewrites] == [ROUTED]
+        # The block's end: a reshape, which is handed out.
+        outside = {stage: code for stage, code in ALONE.items() if stage != "finalize"}
+        assert [stops(r) for r in report.rewrites] == [outside]
         assert_only_sites_changed(before, after, report)
         torch.testing.assert_close(after(hidden), block(hidden), rtol=2**-6, atol=2**-6)
 
@@ -192,8 +227,8 @@ def test_make_fx_with_the_backward():
     hidden = torch.randn(2, 5, 32, device=DEVICE)
     before = make_fx(step)(hidden, weights)
     after, report = fusionpass.rewrite(before)
-    assert [r.stages for r in report.rewrites] == [["gated_add"]]
-    assert [s["code"] for s in report.rewrites[0].stopped] == ["gate-used-elsewhere"]
+    assert [r.stages for r in report.rewrites] == [["finalize", "gated_add"]]
+    assert stops(report.rewrites[0])["gate_projection"] == "gate-used-elsewhere"
     assert_only_sites_changed(before, after, report)
     for got, want in zip(
         torch.utils._pytree.tree_leaves(after(hidden, weights)),
@@ -221,7 +256,7 @@ def test_decode_with_a_static_cache():
     cache = transformers.StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
         report = fusionpass.explain(model)(input_ids=inputs["input_ids"][:, :1], past_key_values=cache, use_cache=True)
-    assert [r.shape for r in report.rewrites] == [[2, 32]] * LAYERS
+    assert [r.shape for r in report.rewrites] == [[2, 1, 32]] * LAYERS  # as the residual is
 
 
 def test_generate():

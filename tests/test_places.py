@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import models_other as other
 import pytest
 import torch
-from programs import SCATTER, assert_only_sites_changed, relative_error, unfused
+from programs import (
+    ALONE,
+    SCATTER,
+    WHOLE,
+    assert_no_less_exact,
+    assert_only_sites_changed,
+    relative_error,
+    stops,
+    tensors,
+    true_outputs,
+    unfused,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import fusionpass
 import fusionpass.implementations
@@ -26,6 +36,7 @@ import fusionpass.implementations
 BF16 = torch.bfloat16
 CORE = ["gated_add"]
 GROWN = ["gate_projection", "gated_add"]
+ROUTED = ["finalize", *GROWN]
 
 
 @dataclass
@@ -71,8 +82,12 @@ class Capture:
 
     @property
     def stopped(self) -> list[str]:
-        rewrites = [rewrite for graph in self.graphs for rewrite in graph.report.rewrites]
-        return [stop["code"] for rewrite in rewrites for stop in rewrite.stopped]
+        """Why the gate's producer stayed outside, per rewrite where it did."""
+        return [found["gate_projection"] for found in self.all_stops if "gate_projection" in found]
+
+    @property
+    def all_stops(self) -> list[dict[str, str]]:
+        return [stops(rewrite) for graph in self.graphs for rewrite in graph.report.rewrites]
 
     @property
     def misses(self) -> list[str]:
@@ -83,47 +98,14 @@ class Capture:
         return sum(graph.calls * len(graph.report.rewrites) for graph in self.graphs)
 
 
-class InDouble(TorchFunctionMode):
-    """Turns the casts to float32 that a module's own code makes into casts to float64, so that nothing rounds the truth."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.float:
-            return args[0].double()
-        widened = [torch.float64 if arg is torch.float32 else arg for arg in args]
-        named = {name: torch.float64 if arg is torch.float32 else arg for name, arg in (kwargs or {}).items()}
-        return function(*widened, **named)
-
-
-def tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def doubled(value: Any) -> Any:
-    def convert(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-
-    return tree_map(convert, value)
-
-
-def true_outputs(module: torch.nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    with InDouble():
-        return tensors(copy.deepcopy(module).double()(*doubled(args), **doubled(kwargs)))
-
-
-def assert_no_less_exact(got, eager, truth) -> None:
-    """The largest error is at most eager's own and one unit in the last place of the largest element."""
-    for g, e, t in zip(got, eager, truth, strict=True):
-        assert (g.dtype, g.shape, g.stride()) == (e.dtype, e.shape, e.stride())
-        if g.is_floating_point():
-            allowed = (e.double() - t).abs().max() + torch.finfo(g.dtype).eps * t.abs().max()
-            assert (g.double() - t).abs().max() <= allowed
-
-
 class Place(NamedTuple):
     build: Callable[[], other.Built]
     stages: list[list[str]]  # of each rewrite
     misses: Sequence[str] = ()
     stopped: Sequence[str] = ()  # why the gate's producer stayed outside, per rewrite
+    around: Mapping[str, str] = MappingProxyType(
+        dict.fromkeys(ALONE, "gate-columns")
+    )  # why the other stages stayed outside
     aot: bool = False  # captured below AOTAutograd: at Dynamo's level a cell is one opaque call
 
 
@@ -144,8 +126,8 @@ PLACES = {
     "rwkv": Place(other.rwkv, [CORE], stopped=[COLUMNS]),
     "rwkv, bf16": Place(bf16(other.rwkv), [CORE], stopped=[COLUMNS]),
     # the gate is [B, C, 1] from a convolution: its rows are channels
-    "qwen2_5_omni squeeze-excite": Place(other.qwen2_5_omni_se, [CORE], stopped=[OTHER]),
-    "qwen2_5_omni squeeze-excite, bf16": Place(bf16(other.qwen2_5_omni_se), [CORE], stopped=[OTHER]),
+    "qwen2_5_omni squeeze-excite": Place(other.qwen2_5_omni_se, [CORE], stopped=[OTHER], around=ALONE),
+    "qwen2_5_omni squeeze-excite, bf16": Place(bf16(other.qwen2_5_omni_se), [CORE], stopped=[OTHER], around=ALONE),
     # gate and b are channels-last slices; a is contiguous and comes first, so the sum is contiguous
     "univnet": Place(other.univnet, [CORE], stopped=[OTHER]),
     # the gate is a parameter [H]; alpha reads the sigmoid too, so the sigmoid stays
@@ -173,8 +155,10 @@ NEAR_MISSES = {
     "hy_v4": Place(other.hy_v4, [], ["scalar-operand"]),
     "deepseek_v4": Place(other.deepseek_v4, [], ["scaled"]),
     "glm5_next": Place(other.glm5_next, [], ["scaled"]),
-    # hyper-connections of attention and MLP, a flattened product each, beside the shared expert
-    "qwen4_exp decoder layer": Place(other.qwen4_exp_layer, [GROWN], ["view-between"] * 2),
+    # hyper-connections of attention and MLP, a flattened product each, beside the shared expert, whose sum goes into one
+    "qwen4_exp decoder layer": Place(
+        other.qwen4_exp_layer, [ROUTED], ["view-between"] * 2, around=ALONE | {"finalize": "joined"}
+    ),
     # (x * g) * mask
     "esm v1": Place(other.esmfold, []),
     "patchtst": Place(other.patchtst, [], ["scalar-operand"]),
@@ -210,6 +194,8 @@ def test_place(place):
     assert capture.stages == place.stages, [graph.report.misses for graph in capture.graphs]
     assert capture.misses == list(place.misses)
     assert capture.stopped == list(place.stopped)
+    outside = [{stage: found.get(stage, "joined") for stage in ALONE} for found in capture.all_stops]
+    assert outside == [dict(place.around)] * len(place.stages)
     assert capture.executed == len(place.stages)
     if place.stages:
         assert_no_less_exact(got, eager, truth)
@@ -235,7 +221,11 @@ def test_family(family, experts):
         got = tensors(torch.compile(model, backend=capture)(**inputs))
 
     captured = 1 if experts == "eager" else 2  # layers share the pieces that eager experts split them into
-    assert capture.stages == [GROWN] * captured
+    # In pieces, the graph of the formula begins with the experts' sum and ends with the block; qwen4_exp has no residual
+    # add, its hyper-connection multiplies the sum.
+    joined = GROWN if experts == "eager" else WHOLE if family == "qwen3_omni_moe" else ROUTED
+    assert capture.stages == [joined] * captured
+    assert capture.all_stops == [{stage: code for stage, code in ALONE.items() if stage not in joined}] * captured
     assert capture.executed == 2
     sources = [rewrite.source for graph in capture.graphs for rewrite in graph.report.rewrites]
     assert [source.split(":")[0] for source in sources] == [f"modeling_{family}.py"] * captured

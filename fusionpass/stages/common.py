@@ -11,8 +11,8 @@ from fusionpass.effects import Effects
 from fusionpass.kernels.contract import MOST_COLUMNS
 from fusionpass.match import Refusal, Site
 from fusionpass.options import Options
-from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import is_cast, is_reshape
+from fusionpass.tensors import PLAIN_TYPES, dtype_text, fixed, same_sizes, shape_text, tensor_of
+from fusionpass.vocabulary import is_cast, is_reshape, readers
 
 CODES = {
     "not-allowed": "the option 'rules' leaves the stage out",
@@ -39,8 +39,10 @@ def combinable(site: Site, options: Options) -> Refusal | None:
     a, gate = tensor_of(site.a), tensor_of(site.gate)
     if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
         return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
-    columns = a.shape[-1]
-    if not isinstance(columns, int) or not 1 <= columns <= MOST_COLUMNS:
+    columns = fixed(a.shape[-1])
+    if columns is None:
+        return Refusal("hidden-size", "a has {} columns, which no trace fixes", a.shape[-1])
+    if not 1 <= columns <= MOST_COLUMNS:
         return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     if torch.is_grad_enabled():
         for node in site.add.all_input_nodes + site.product.all_input_nodes + site.sigmoid.all_input_nodes:
@@ -50,12 +52,13 @@ def combinable(site: Site, options: Options) -> Refusal | None:
 
 
 def behind(node: Node, parts: list[Node], *, casts: bool = False) -> Node:
-    """The node before the reshapes, and with `casts` the casts, that end in `node`; `parts` gets those in front."""
+    """The node before the reshapes, and with `casts` the casts from float32, that end in `node`; `parts` gets those in
+    front of it."""
     while (is_reshape(node) or (casts and is_cast(node))) and node.args and isinstance(node.args[0], Node):
         before, after = tensor_of(node.args[0]), tensor_of(node)
-        if before is None or after is None or not known_equal(before.shape[-1:] == after.shape[-1:], True):
+        if before is None or after is None or not same_sizes(before.shape[-1:], after.shape[-1:]):
             break
-        if before.dtype not in (after.dtype, torch.float32):
+        if before.dtype != after.dtype and (is_reshape(node) or before.dtype is not torch.float32):
             break
         parts.insert(0, node)
         node = node.args[0]
@@ -66,9 +69,9 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
     """Every part may be read inside the stage, or by `reader`, only."""
     inside = {*parts, reader}
     for part in parts:
-        for user in part.users:
-            if user not in inside:
-                return Refusal("used-elsewhere", "{} is read by {} too", part, user)
+        for other in readers(part):
+            if other not in inside:
+                return Refusal("used-elsewhere", "{} is read by {} too", part, other)
     return None
 
 
@@ -112,7 +115,13 @@ def operands(site: Site) -> list[tuple[str, Node | str | None]]:
     if site.finalize is None:
         found.append(("a", site.a))
     else:
-        found += [("y", site.finalize.y), ("topk_weights", site.finalize.weights), ("inverse", site.finalize.inverse)]
+        routed = site.finalize
+        found += [
+            ("y", routed.y),
+            ("topk_weights", routed.weights),
+            ("inverse", routed.inverse),
+            ("masked", routed.masked),
+        ]
     if site.projection is None:
         return [*found, ("gate", site.gate)]
     projection = site.projection

@@ -1,8 +1,9 @@
 """a = sum_k weights[t, k] * y[inverse[t, k]]: the weighted top-k sum of the experts' outputs is added up in the kernel.
 
-    weighted = y * weights.unsqueeze(-1)                     y [T * K, H]
-    a = weighted[inverse].view(T, K, H).sum(dim=1)           the gather before or after the weights, or none at all
-    a = einsum("tk,tkh->th", weights, y)                     y [T, K, H]
+weighted = y * weights.unsqueeze(-1)                     y [T * K, H]
+a = weighted[inverse].view(T, K, H).sum(dim=1)           the gather before or after the weights, or none at all
+y = y.masked_fill(mask, 0)                               one flag per row of y: the slots of experts elsewhere
+a = einsum("tk,tkh->th", weights, y)                     y [T, K, H]
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
 from fusionpass.match import Finalize, Refusal, RuleInfo, Site
 from fusionpass.options import Options
 from fusionpass.stages import common
-from fusionpass.tensors import dtype_text, known_contiguous, known_equal, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import Vocabulary, gather_of, is_reshape
+from fusionpass.tensors import dtype_text, fixed, known_contiguous, known_equal, same_sizes, shape_text, tensor_of
+from fusionpass.vocabulary import Vocabulary, gather_of, is_cast, is_reshape, readers
 
 INFO = RuleInfo(
     name="finalize",
@@ -49,8 +50,9 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     refusal = common.read_once(parts, site.add) or _shapes(site, found)
     # y and the weights are read where they are multiplied or gathered, the inverse where it gathers.
     gather = next((part for part in parts if found.inverse in part.all_input_nodes), None)
-    weighing = next(part for part in parts if found.weights in _roots(part))
-    reads = [("y", found.y, parts[0]), ("topk_weights", found.weights, weighing), ("inverse", found.inverse, gather)]
+    reads = [("y", found.y, parts[0]), ("inverse", found.inverse, gather)]
+    for name, node in (("topk_weights", found.weights), ("masked", found.masked)):
+        reads.append((name, node, None if node is None else _first_reader(node, parts)))
     refusal = refusal or common.movable(reads, parts[0], site.add, effects)
     if refusal is None:
         site.finalize = found
@@ -87,21 +89,52 @@ def _weighted_sum(site: Site, words: Vocabulary, parts: list[Node]) -> Finalize 
     parts.insert(0, node)
     for weights, y in (product.operands, product.operands[::-1]):
         if _one_per_row(weights, y):
-            if gather is not None:
-                return Finalize(y, _bare(weights), top_k, gather[1], permuted=True)
-            return _gathered(y, weights, top_k, parts, words)
+            if gather is None:
+                return _gathered(y, weights, top_k, parts, words)
+            y, masked = _unmasked(_narrow(y, parts), parts, words)
+            return Finalize(y, _bare(weights), top_k, gather[1], True, masked)
     return Refusal("not-a-finalize", "{} multiplies by something else than one weight per row", node)
 
 
 def _gathered(y: Node, weights: Node, top_k: object, parts: list[Node], words: Vocabulary) -> Finalize:
     """y as the experts wrote it, when rows are gathered before the weights are applied."""
+    y = _narrow(y, parts)
     before: list[Node] = []
     source = common.behind(y, before)
     gather = gather_of(source)
-    if gather is None or len(source.users) != 1 or any(len(part.users) != 1 for part in before):
-        return Finalize(y, _bare(weights), top_k, None, permuted=False)
+    if gather is None or any(len(readers(part)) != 1 for part in (source, *before)):
+        y, masked = _unmasked(y, parts, words)
+        return Finalize(y, _bare(weights), top_k, None, False, masked)
     parts[:0] = [source, *before]
-    return Finalize(gather[0], _bare(weights), top_k, gather[1], permuted=False)
+    y, masked = _unmasked(gather[0], parts, words)
+    return Finalize(y, _bare(weights), top_k, gather[1], False, masked)
+
+
+def _unmasked(y: Node, parts: list[Node], words: Vocabulary) -> tuple[Node, Node | None]:
+    """y before its masked rows were filled with zeros, which the op does, and the mask of the rows."""
+    source, mask, value = words.plain(y, "masked_fill") or (None, None, None)
+    if type(value) not in (int, float) or value != 0 or readers(y) != parts[:1] or not _one_per_row(mask, y):
+        return y, None
+    if tensor_of(mask).dtype != torch.bool or tensor_of(source) is None:
+        return y, None
+    if not same_sizes(tensor_of(source).shape, tensor_of(y).shape):
+        return y, None
+    parts.insert(0, y)
+    return source, _bare(mask)
+
+
+def _narrow(y: Node, parts: list[Node]) -> Node:
+    """y before it was widened to float32, which is exact and which the op does by itself."""
+    views: list[Node] = []
+    cast = common.behind(y, views)
+    chain = [cast, *views]
+    private = all(readers(part) == [reader] for part, reader in zip(chain, [*views, *parts[:1]], strict=True))
+    if private and is_cast(cast) and isinstance(cast.args[0], Node):
+        before, after = tensor_of(cast.args[0]), tensor_of(cast)
+        if before is not None and before.dtype in (torch.bfloat16, torch.float16) and after.dtype is torch.float32:
+            parts[:0] = chain
+            return cast.args[0]
+    return y
 
 
 def _one_per_row(weights: object, y: object) -> bool:
@@ -113,14 +146,25 @@ def _one_per_row(weights: object, y: object) -> bool:
 
 def _bare(weights: Node) -> Node:
     """The weights without the views that made a column of them: the op reads them in row-major order anyway."""
-    while is_reshape(weights) and isinstance(weights.args[0], Node) and tensor_of(weights.args[0]) is not None:
+    while is_reshape(weights) and isinstance(weights.args[0], Node):
+        before = tensor_of(weights.args[0])
+        if before is None or before.dtype != tensor_of(weights).dtype:
+            break
         weights = weights.args[0]
     return weights
 
 
-def _roots(part: Node) -> list[Node]:
-    """The part's operands and what they are views of."""
-    return [node for operand in part.all_input_nodes for node in (operand, _bare(operand))]
+def _first_reader(bare: Node, parts: list[Node]) -> Node:
+    """Where the bare weights, or mask, are read: a reshape between them and the product may be a copy."""
+    for part in parts:
+        for operand in part.all_input_nodes:
+            chain = [part]
+            while operand is not bare and is_reshape(operand) and isinstance(operand.args[0], Node):
+                chain.append(operand)
+                operand = operand.args[0]
+            if operand is bare:
+                return chain[-1]
+    return parts[0]
 
 
 def _einsum(node: Node, words: Vocabulary) -> tuple[Node, Node] | None:
@@ -140,11 +184,15 @@ def _einsum(node: Node, words: Vocabulary) -> tuple[Node, Node] | None:
 
 
 def _shapes(site: Site, found: Finalize) -> Refusal | None:
-    a, y, weights, inverse = (tensor_of(n) for n in (site.a, found.y, found.weights, found.inverse))
+    a, y, weights, inverse, masked = (
+        tensor_of(n) for n in (site.a, found.y, found.weights, found.inverse, found.masked)
+    )
     if y is None or weights is None or (found.inverse is not None and inverse is None):
         return Refusal("no-metadata", "y, weights or inverse of {} has no recorded tensor", site.a)
-    if not isinstance(found.top_k, int) or not 1 <= found.top_k <= MOST_TOP_K:
+    terms = fixed(found.top_k)
+    if terms is None or not 1 <= terms <= MOST_TOP_K:
         return Refusal("top-k", "{} adds up {} terms: allowed are 1 to {}", site.a, found.top_k, MOST_TOP_K)
+    found.top_k = terms
     rows = 1
     for size in a.shape[:-1]:
         rows = rows * size
@@ -153,6 +201,8 @@ def _shapes(site: Site, found: Finalize) -> Refusal | None:
         sizes["inverse"] = inverse, rows * found.top_k
         if inverse.dtype not in (torch.int32, torch.int64):
             return Refusal("dtype", "the inverse permutation {} is {}", found.inverse, dtype_text(inverse.dtype))
+    if masked is not None:
+        sizes["the mask"] = masked, rows * found.top_k
     for name, (tensor, size) in sizes.items():
         if not known_equal(tensor.numel(), size):
             return Refusal("shape", "{} is {}, a {} of {} terms", name, shape_text(tensor), shape_text(a), found.top_k)

@@ -15,7 +15,7 @@ from fusionpass.match import Projection, Refusal, RuleInfo, Site
 from fusionpass.options import Options
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
 from fusionpass.verify import same_result
-from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape
+from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape, readers
 
 INFO = RuleInfo(
     name="gate_projection",
@@ -62,10 +62,10 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return meaning.oddity
     parts = [projection, *reversed(views)]
     for part, reader in zip(parts, [*parts[1:], site.sigmoid], strict=True):
-        if list(part.users) != [reader]:
-            return Refusal("gate-used-elsewhere", "{} has {} users", part, len(part.users))
-    if len(site.sigmoid.users) != 1 or site.sigmoid is site.b:
-        return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(site.sigmoid.users))
+        if readers(part) != [reader]:
+            return Refusal("gate-used-elsewhere", "{} has {} users", part, len(readers(part)))
+    if len(readers(site.sigmoid)) != 1 or site.sigmoid is site.b:
+        return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(readers(site.sigmoid)))
     found = _as_projection(meaning)
     refusal = _shapes(site, found, words) or _safety(site, found, projection, effects) or same_result(site, found)
     if refusal is None:

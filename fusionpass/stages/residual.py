@@ -1,13 +1,14 @@
-"""out = residual + sum: the add that follows the formula, through views that keep the rows' order, in either operand order."""
+"""out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round."""
 
 from __future__ import annotations
 
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, RuleInfo, Site
 from fusionpass.options import Options
+from fusionpass.pattern import find, is_identity
 from fusionpass.stages import common
 from fusionpass.tensors import known_contiguous, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import Vocabulary, is_reshape
+from fusionpass.vocabulary import Vocabulary, is_cast, is_reshape, readers
 
 INFO = RuleInfo(
     name="residual",
@@ -21,6 +22,7 @@ INFO = RuleInfo(
     codes=common.CODES
     | {
         "not-a-residual": "what reads the sum is no addition of another tensor",
+        "another-sum": "what reads the sum is a site of its own, or nearly one, with the sum as its a",
         "used-elsewhere": "the sum has other readers, so it must stay",
         "scaled": "alpha other than 1",
         "odd-call": "the call has arguments the formula does not have",
@@ -37,11 +39,13 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return refusal
     parts, node = [], site.add
     while True:
-        if len(node.users) != 1:
-            readers = ", ".join(sorted(user.name for user in node.users)) or "none"
-            return Refusal("used-elsewhere", "{} is read by {}", node, readers)
-        reader = next(iter(node.users))
-        if not is_reshape(reader) or tensor_of(reader) is None or reader.args[:1] != (node,):
+        found = readers(node)
+        if len(found) != 1:
+            names = ", ".join(sorted(each.name for each in found)) or "nothing"
+            return Refusal("used-elsewhere", "{} is read by {}", node, names)
+        (reader,) = found
+        hands_on = is_reshape(reader) or (is_cast(reader) and is_identity(reader))
+        if not hands_on or tensor_of(reader) is None or reader.args[:1] != (node,):
             break
         parts.append(reader)
         node = reader
@@ -52,6 +56,8 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return meaning.oddity
     if meaning.in_place:
         return Refusal("in-place", "{} overwrites {}", reader, meaning.operands[0])
+    if any(other.a is node for other, _ in find(words, reader)):
+        return Refusal("another-sum", "{} adds a gated product of its own to {}", reader, node)
     left, right = meaning.operands
     residual = right if left is node else left
     total, given, added = tensor_of(reader), tensor_of(residual), tensor_of(node)

@@ -1,8 +1,8 @@
 """normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight): the norm that the next layer begins with, a second result.
 
-    weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
-    (x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
-    rms_norm(out, (H,), weight, eps)                                                     torch's own
+weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
+(x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
+rms_norm(out, (H,), weight, eps)                                                     torch's own
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch.fx import Node
 from fusionpass.effects import Effects
 from fusionpass.match import Norm, Refusal, RuleInfo, Site
 from fusionpass.options import Options
+from fusionpass.pattern import is_identity
 from fusionpass.stages import common
-from fusionpass.tensors import known_contiguous, known_equal, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import Vocabulary, is_cast
+from fusionpass.tensors import known_contiguous, known_equal, same_sizes, shape_text, tensor_of, value_of
+from fusionpass.vocabulary import Vocabulary, is_cast, readers
 
 INFO = RuleInfo(
     name="rms_norm",
@@ -45,8 +46,8 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("stride", "{} has strides {}", site.end, tuple(tensor_of(site.end).stride()))
     norm = _torch_norm(site, words) or _written_out(site, words)
     if norm is None:
-        readers = ", ".join(sorted(user.name for user in site.end.users)) or "nothing"
-        return Refusal("not-an-rms-norm", "{} is read by {}", site.end, readers)
+        names = ", ".join(sorted(reader.name for reader in readers(site.end))) or "nothing"
+        return Refusal("not-an-rms-norm", "{} is read by {}", site.end, names)
     if isinstance(norm, Refusal):
         return norm
     total, result, weight = tensor_of(site.end), tensor_of(norm.result), words.tensor(norm.weight)
@@ -60,8 +61,10 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         refusal = common.kinds(site, [], wider=[("the norm's weight", weight)])
     if isinstance(norm.weight, Node) and effects.position.get(norm.weight, -1) > effects.position[site.end]:
         return Refusal("late-operand", "{} comes after {}", norm.weight, site.end)
-    reads = [("the sum", site.end, site.end), ("the norm's weight", norm.weight, site.end)]
-    refusal = refusal or common.movable(reads, site.end, norm.result, effects)
+    refusal = refusal or common.movable([("the sum", site.end, site.end)], site.end, norm.result, effects)
+    # The weight's read moves to the sum, from after it or, where a cast of the weight was made early, from before it.
+    first, last = sorted((norm.weight_read, site.end), key=effects.position.__getitem__)
+    refusal = refusal or common.movable([("the norm's weight", norm.weight, first)], first, last, effects)
     if refusal is None:
         site.norm = norm
         site.parts += norm.parts
@@ -83,7 +86,7 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
         # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
         default = torch.finfo(torch.float32).eps
-        return Norm(weight, float(default if eps is None else eps), 0.0, user, [user])
+        return Norm(_movable(weight), float(default if eps is None else eps), 0.0, user, [user], user)
     return None
 
 
@@ -107,49 +110,72 @@ def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, 
         return None
     rsqrt = product[1] if product[0] is wide else product[0]
     inverse = words.plain(rsqrt, "rsqrt")
-    shifted = words.plain(inverse[0], "add") if inverse else None
+    shifted = _shifted(inverse[0], words) if inverse else None
     if shifted is None:
         return None
-    mean, eps = shifted if isinstance(shifted[0], Node) else shifted[::-1]
-    if not isinstance(mean, Node) or not isinstance(eps, (int, float)) or words.plain(mean, "mean") is None:
+    mean, eps = shifted if tensor_of(shifted[0]) is not None else shifted[::-1]
+    eps = _number(eps)
+    if not isinstance(mean, Node) or eps is None or words.plain(mean, "mean") is None:
         return None
     square = words.plain(mean, "mean")[0]
     if not isinstance(square, Node) or tensor_of(square) is None:
         return None
     if not words.reduces(mean, tensor_of(square).dim() - 1, keepdim=True) or not words.squares(square, wide):
         return None
-    return float(eps), [square, mean, inverse[0], rsqrt, scaled]
+    return eps, [square, mean, inverse[0], rsqrt, scaled]
+
+
+def _number(eps: object) -> float | None:
+    """eps as a number. One that dynamic=True left open, an attribute of the norm, is fixed by a guard on it: the kernel is
+    compiled for it, as it is for the hidden size."""
+    value = value_of(eps) if isinstance(eps, Node) else eps
+    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
+
+
+def _shifted(node: object, words: Vocabulary) -> tuple | None:
+    """(mean, eps) of mean + eps, in place or not: nobody else reads the mean."""
+    meaning = words.meaning(node)
+    if (
+        meaning is None
+        or meaning.op not in ("add", "shift")
+        or meaning.oddity is not None
+        or len(meaning.operands) != 2
+    ):
+        return None
+    return meaning.operands
 
 
 def _weighted(site: Site, wide: Node, scaled: Node, eps: float, parts: list[Node], words: Vocabulary) -> Norm | Refusal:
     """What follows the scaling: a weight, before or after the cast back to the sum's dtype."""
     total = tensor_of(site.end)
     chain = parts if wide is site.end else [wide, *parts]
-    norm = Norm(None, eps, 0.0, scaled, chain)
-    while len(norm.result.users) == 1:
-        (reader,) = norm.result.users
-        if is_cast(reader) and reader.args[:1] == (norm.result,):
-            factor = None
-        else:
-            product = words.plain(reader, "mul")
-            factors = [] if product is None else [f for f in product if f is not norm.result]
-            factor = _weight(factors[0], words) if len(factors) == 1 and norm.weight is None else None
+    norm = reached = Norm(None, eps, 0.0, scaled, chain, scaled)
+    while len(readers(reached.result)) == 1:
+        (reader,) = readers(reached.result)
+        weight, offset, made, read = reached.weight, reached.offset, [], reached.weight_read
+        if not (is_cast(reader) and reader.args[:1] == (reached.result,)):
+            product = words.plain(reader, "mul") or ()
+            factors = [factor for factor in product if factor is not reached.result]
+            factor = _weight(factors[0], words) if len(factors) == 1 and weight is None else None
             if factor is None:
                 break
-            norm.weight, norm.offset, made = factor
-            chain += made
+            weight, offset, made = factor
+            read = made[0] if made else reader
         if tensor_of(reader) is None or tensor_of(reader).dtype not in (torch.float32, total.dtype):
             break
-        chain.append(reader)
-        norm.result = reader
-    result = norm.result
-    used = [user for part in chain if part is not result for user in part.users if user not in chain]
+        reached = Norm(weight, eps, offset, reader, [*reached.parts, *made, reader], read)
+        if tensor_of(reader).dtype == total.dtype or tensor_of(norm.result).dtype != total.dtype:
+            norm = reached  # a later cast to float32, for a router say, is its reader's own
+    inside = set(norm.parts)
+    # A cast of a float32 sum to float32 is the sum itself, and stays for whoever else reads it.
+    private = [part for part in norm.parts if part is not norm.result and not (part is wide and is_identity(part))]
+    used = [other for part in private for other in readers(part) if other not in inside]
     if used:
-        return Refusal("used-elsewhere", "the norm {} is read inside by {}", result, used[0])
+        return Refusal("used-elsewhere", "the norm {} is read inside by {}", norm.result, used[0])
     return norm
 
 
-def _weight(factor: object, words: Vocabulary) -> tuple[Node, float, list[Node]] | None:
+def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[Node]] | None:
     """(weight, offset, nodes that make the factor) of weight, weight.float() or 1 + weight.float()."""
     made: list[Node] = []
     offset = 0.0
@@ -162,8 +188,17 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node, float, list[Node]]
         made.insert(0, factor)
         factor = other
     # What others read too, such as a weight cast once for all, stays where it is and is read as it is.
-    while isinstance(factor, Node) and is_cast(factor) and len(factor.users) == 1 and isinstance(factor.args[0], Node):
+    while (
+        isinstance(factor, Node) and is_cast(factor) and len(readers(factor)) == 1 and isinstance(factor.args[0], Node)
+    ):
         made.insert(0, factor)
         factor = factor.args[0]
     value = tensor_of(factor)
-    return None if value is None or value.dim() != 1 or not isinstance(factor, Node) else (factor, offset, made)
+    if value is None or value.dim() != 1 or not isinstance(factor, Node):
+        return None
+    return _movable(factor), offset, made
+
+
+def _movable(weight: Node | str | None) -> Node | str | None:
+    """A parameter by its path: tracers put the node that gets it just before its use, and the op stands earlier."""
+    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else weight
