@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fusionpass import collecting, notice
 from fusionpass.direct import call_directly
 from fusionpass.engine import foreign_type, run
+from fusionpass.inductor import ops_opened
 from fusionpass.options import Options
 from fusionpass.records import GraphBreak
 
@@ -58,7 +59,8 @@ def compile_graph(
 ) -> Compiled:
     inner = _inner(options.inner, mode)
     code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
-    outcome = run(graph_module, options, foreign=foreign_type(example_inputs))
+    tuned = mode is not None and mode.startswith("max-autotune")
+    outcome = run(graph_module, options, foreign=foreign_type(example_inputs), tuned=tuned)
     code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
     graph_break = _graph_break(graph_module)
     ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
@@ -66,7 +68,8 @@ def compile_graph(
     if options.inner == "eager" and outcome.rewrites:
         call_directly(graph_module)
     try:
-        compiled = inner(graph_module, example_inputs)
+        with ops_opened(options.inner == "inductor"):
+            compiled = inner(graph_module, example_inputs)
     except Exception as error:
         if hasattr(error, "add_note"):
             error.add_note(f"raised by the inner compiler of fusionpass, option inner={options.inner!r}")

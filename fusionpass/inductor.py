@@ -1,0 +1,128 @@
+"""While Inductor traces, the ops are what Inductor makes the best of: a launch of our kernel, or the plain expression.
+
+An opaque op costs Inductor's code a call through the dispatcher, 50 to 80 us of CPU time on an H100 host on which an eager
+kernel takes 15: in a decode step without CUDA graphs that is more than the launches it replaces. So on a CUDA device
+
+    moe_combine, gate_projected_add   are allocations and one kernel launch, which Inductor makes as it makes its own
+    gated_add                         is a + sigmoid(gate) * b, which Inductor's kernel ties with and its neighbours can join
+
+and on a CPU, where the ops are ATen expressions anyway, all are. Elsewhere (eager, aot_eager, export) an op stays one node:
+functionalization would clone the results of the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._library.triton
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fusionpass import library
+from fusionpass.implementations import check_combine, combine_arguments, interpreted, kernels
+from fusionpass.kernels import aten, aten_combine, contract
+from fusionpass.tensors import known_contiguous
+
+
+class _State(threading.local):
+    """Per thread: whether Inductor is tracing a graph that this package handed it."""
+
+    tracing = False
+
+
+_state = _State()
+
+
+@contextmanager
+def ops_opened(wanted: bool) -> Iterator[None]:
+    """Inside the block, with `wanted`, a trace finds what an op is made of in place of the op."""
+    if wanted and torch.cuda.is_available() and not interpreted():
+        _tell_the_cache()
+    before, _state.tracing = _state.tracing, wanted
+    try:
+        yield
+    finally:
+        _state.tracing = before
+
+
+@functools.cache
+def _tell_the_cache() -> None:
+    """AOTAutograd's cache keys a graph on the sources of the Triton kernels that its ops are known to launch: a changed
+    kernel is then a miss. It asks this table, which `triton_op` fills for its own ops (torch 2.11 to 2.14)."""
+    table = getattr(torch._library.triton, "triton_ops_to_kernels", None)
+    if table is not None:
+        for op in (library.moe_combine, library.gate_projected_add):
+            table.setdefault(op._name, [kernels().moe_combine.moe_combine_kernel])
+
+
+def _opened(mode: Any, op: Any, types: Sequence[type], args: Sequence = (), kwargs: dict | None = None) -> Any:
+    """What functionalization makes of an op."""
+    options = kwargs or {}
+    if not _state.tracing or interpreted():
+        return mode.__torch_dispatch__(op, types, args, options)
+    with mode:
+        result = _INSIDE[op](*args, **options)
+    return mode.__torch_dispatch__(op, types, args, options) if result is None else result
+
+
+def _gated_add(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32") -> Tensor | None:
+    if numerics != "fp32" and a.is_cuda:  # Inductor would keep float32 where eager rounds
+        return None
+    contract.check_gated_add(a, gate, b, numerics)
+    return aten.gated_add_expression(a, gate, b, numerics)
+
+
+def _gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor | None:
+    contract.check_gate_projected_add(x, weight, bias, a, b)
+    if not a.is_cuda:
+        return aten.gate_projected_add_expression(x, weight, bias, a, b)
+    columns = a.shape[-1]
+    if not (
+        known_contiguous(a) and known_contiguous(b) and isinstance(columns, int) and columns <= contract.MOST_COLUMNS
+    ):
+        return None  # the result would be laid out otherwise than eager does, or a row is too long for one program
+    result = _launched(a, b, x=x, gate_weight=weight, gate_bias=bias)
+    return None if result is None else result[0]
+
+
+def _moe_combine(a: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, Tensor] | None:
+    check_combine(a, b, options)
+    if not b.is_cuda:
+        return aten_combine.moe_combine_expression(*combine_arguments(a, b, **options))
+    return _launched(a, b, **options)
+
+
+def _launched(a: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, Tensor] | None:
+    """Allocations and a launch; None where more than the number of rows is not known as a number, or there may be none."""
+    *tensors, top_k, permuted, eps, offset = combine_arguments(a, b, **options)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if not statically_known_true(b.numel() > 0):
+        return None
+    if not all(isinstance(n, int) for tensor in given for n in (*tensor.stride()[-2:], *tensor.shape[-1:])):
+        return None
+    kernel = kernels().moe_combine
+    rows = kernel.rows_of(kernel.ordered(*tensors))
+    shape = b.shape if options.get("residual") is None else options["residual"].shape
+    total = torch.empty(shape, dtype=b.dtype, device=b.device)
+    normed = torch.empty((0,) if eps is None else shape, dtype=b.dtype, device=b.device)
+    numbers, warps = kernel.arguments(rows, top_k, permuted, eps, offset, dependent=False)
+    first = rows["b"]
+    pointers = [first if tensor is None else tensor for tensor in rows.values()]
+    launch = torch.library.wrap_triton(kernel.moe_combine_kernel)[(first.shape[0],)]
+    launch(*pointers, total, normed, *numbers, num_warps=warps)
+    return total, normed
+
+
+_INSIDE: dict[Any, Callable] = {
+    library.gated_add: _gated_add,
+    library.gate_projected_add: _gate_projected_add,
+    library.moe_combine: _moe_combine,
+}
+for _op in _INSIDE:
+    torch.library.register_torch_dispatch(_op, FunctionalTensorMode, _opened, lib=library.LIBRARY)

@@ -1,0 +1,73 @@
+"""Compiles the ops' expressions through Inductor on a CPU and prints, as JSON, what the graphs it was given hold.
+
+A program of its own, run by test_inductor.py: Triton's interpreter must be off here, and the second half takes the place of
+a CUDA driver, so that Triton analyses the kernel as it does beside one. Nothing is launched.
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch._inductor.config
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import fusionpass.inductor
+from fusionpass import backend, library
+from fusionpass.bench.cases import OPS, Case, draw
+
+torch._inductor.config.force_disable_caches = True
+
+
+class Driver:
+    """A Hopper GPU as far as compiling goes."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def nodes_of(name: str, dynamic: bool = False) -> dict:
+    """The post-grad graph's calls, and the error against the expression where the code could run.
+
+    dynamic: for any number of rows; a model's hidden size is always one number, that of its parameters.
+    """
+    seen: list[str] = []
+    torch._inductor.config.post_grad_custom_post_pass = lambda graph: seen.extend(
+        str(node.target) for node in graph.nodes if node.op == "call_function"
+    )
+    torch._dynamo.reset()
+    inputs = draw(Case(name, 4, 256, "bf16"), torch.Generator("cpu").manual_seed(0)).inputs
+    found = {"name": name, "dynamic": dynamic}
+    for tensor in inputs:
+        if dynamic and tensor.shape[0] == 4:
+            torch._dynamo.mark_dynamic(tensor, 0)
+    with torch.no_grad():
+        compiled = torch.compile(OPS[name].eager, backend=backend.fusionpass)
+        try:
+            got, want = compiled(*inputs), OPS[name].eager(*inputs)
+            pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+            found["error"] = max(float((g.double() - w.double()).norm() / w.double().norm()) for g, w in pairs)
+        except torch._inductor.exc.InductorError as error:
+            found["raised"] = type(error).__name__
+    return {**found, "calls": seen}
+
+
+def main() -> None:
+    forward = [name for name, op in OPS.items() if not op.backward]
+    expressions = [nodes_of(name) for name in forward]
+    driver.set_active(Driver())
+    launched = fusionpass.inductor._launched
+    inside = fusionpass.inductor._INSIDE
+    inside[library.moe_combine] = launched
+    inside[library.gate_projected_add] = lambda x, w, bias, a, b: launched(a, b, x=x, gate_weight=w, gate_bias=bias)[0]
+    kernels = [nodes_of(name) for name in forward if name != "gated_add"]
+    kernels += [nodes_of(name, dynamic=True) for name in ("gate_projected_add", "moe_combine")]
+    print(json.dumps({"expressions": expressions, "kernels": kernels}))
+
+
+if __name__ == "__main__":
+    main()
