@@ -12,6 +12,7 @@ from fusionpass.bench.cases import OPS, Case, grid
 from fusionpass.bench.check import Comparison, compare
 from fusionpass.bench.results import Run
 from fusionpass.bench.table import run_text
+from fusionpass.cli.bench_model import bench_model_command, refuse
 from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import quiet
@@ -36,6 +37,9 @@ def bench_command(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: bad input or no CUDA GPU, told in one sentence.
     """
+    refuse(arguments)
+    if arguments.target is not None:
+        return bench_model_command(arguments)
     _check_arguments(arguments)
     saved = None if arguments.saved is None else _load(arguments.saved, "--from")
     baseline = None if arguments.check is None else _load(arguments.check, "--check")

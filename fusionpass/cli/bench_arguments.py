@@ -7,7 +7,10 @@ import math
 from pathlib import Path
 
 DESCRIPTION = """\
-Measure every op on a CUDA GPU, on a grid of shapes [T, H], against eager, torch.compile, torch.compile with
+With a TARGET, a Hugging Face model type, folder or hub id: ms per decode step of the whole model with random weights
+and a static cache, in eager, torch.compile and torch.compile(mode="reduce-overhead"), without fusionpass and with it.
+
+Without: measure every op on a CUDA GPU, on a grid of shapes [T, H], against eager, torch.compile, torch.compile with
 coordinate_descent_tuning, and the limit that the bandwidth of a device copy sets.
 
 GPU time is that of CUDA-graph replays over rotating buffers, CPU time that of plain calls. Each side's result is held
@@ -16,6 +19,7 @@ against float64 before it is timed. The whole default grid compiles about 120 fu
 
 EPILOG = """\
 examples:
+  fusionpass bench qwen2_moe --layers 4 --batch 1,32
   fusionpass bench --op gated_add,gate_projected_add --tokens 1,32,256 --hidden 4096
   fusionpass bench --json run.json --plot run.png --format markdown
   fusionpass bench --check run.json --tolerance 5%
@@ -32,14 +36,21 @@ exit codes: 0 fine; 1 a ratio has worsened; 2 bad input or no CUDA GPU
 
 def add_bench(bench: argparse.ArgumentParser) -> None:
     """Everything but the name, the description and the epilog."""
+    bench.add_argument("target", nargs="?", metavar="TARGET", help="a whole model; without it, the single ops")
+    model = bench.add_argument_group("a whole model")
+    model.add_argument("--layers", type=_sets, metavar="N", help="keep the first N layers; default: all")
+    model.add_argument("--batch", type=_sizes, metavar="B,B", help="sequences that decode; default: 1,8,32,128")
+    model.add_argument(
+        "--prefill", type=_sizes, metavar="T,T", help="measure the prefill of one sequence of T tokens too"
+    )
     what = bench.add_argument_group("what is measured")
     what.add_argument(
         "--op",
         action="extend",
         type=_names,
         metavar="NAME",
-        help="gated_add, gate_projected_add, gated_add_backward, gate_projected_add_backward; repeat or separate by "
-        "commas; default: all",
+        help="gated_add, gate_projected_add, moe_combine, moe_combine_top_10, gated_add_backward, "
+        "gate_projected_add_backward; repeat or separate by commas; default: all",
     )
     what.add_argument(
         "--tokens",

@@ -1,0 +1,221 @@
+"""End to end: ms per decode step or prefill of a whole model, each mode without fusionpass and with it.
+
+The model has random weights and decodes one token per sequence against a static cache. Sides take turns within a round,
+so that what drifts, drifts for all. A time is wall time from the first call to the last kernel's end, per step: in eager
+it is the host's, under CUDA graphs the device's.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import fusionpass
+from fusionpass import backend
+
+MODES = ("eager", "default", "reduce-overhead")
+STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
+WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
+OURS = ("moe_combine_kernel", "gate_projected_add_kernel", "gated_add")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One mode, without or with the pass: ms per step, and what one step launches."""
+
+    ms: float  # median of the rounds
+    spread_ms: float  # half the range
+    kernels: int
+    rewrites: int | None  # None without the pass
+    share: float | None  # of the kernels' time that is fusionpass's own kernels
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One shape in one mode."""
+
+    mode: str
+    batch: int
+    tokens: int  # of a prefill; 0 is a decode step
+    plain: Side
+    fused: Side
+
+    @property
+    def ratio(self) -> float:
+        return self.fused.ms / self.plain.ms
+
+    @property
+    def tie(self) -> bool:
+        return abs(self.fused.ms - self.plain.ms) <= self.plain.spread_ms + self.fused.spread_ms
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """Every cell of one model on one device."""
+
+    target: str
+    layers: int | None
+    device: str
+    torch: str
+    rounds: int
+    cells: list[Cell]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+    def text(self, style: str) -> str:
+        """A table, as "table" or "markdown"."""
+        heads = ["", "mode", "ms without", "ms with", "with/without", "kernels", "with", "rewrites", "share"]
+        body = []
+        for cell in self.cells:
+            what = f"prefill {cell.batch} x {cell.tokens}" if cell.tokens else f"decode, batch {cell.batch}"
+            times = [f"{side.ms:.3f} ± {side.spread_ms:.3f}" for side in (cell.plain, cell.fused)]
+            ratio = f"{'~' if cell.tie else ''}{cell.ratio:.3f}"
+            share = f"{cell.fused.share:.1%}"
+            counts = [cell.plain.kernels, cell.fused.kernels, cell.fused.rewrites]
+            body.append([what, cell.mode, *times, ratio, *map(str, counts), share])
+        kind = {"tablefmt": "pipe" if style == "markdown" else "simple", "disable_numparse": True}
+        kept = "" if self.layers is None else f", {self.layers} layers"
+        return (
+            f"{self.target}{kept}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
+            + tabulate(body, heads, colalign=["left"] * 2 + ["right"] * 7, **kind)
+            + "\n\nshare: of the kernels' time with fusionpass that its own kernels take; "
+            "~: a tie, the difference is below the sum of the spreads."
+        )
+
+
+def randomise(model: torch.nn.Module) -> None:
+    """Weights that keep activations finite; some models leave their experts' as the memory was."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+
+
+@torch.no_grad()
+def measure(
+    model: torch.nn.Module,
+    *,
+    batches: Sequence[int],
+    prefills: Sequence[int],
+    rounds: int,
+    modes: Sequence[str] = MODES,
+    stage: Callable[[str], None] = lambda text: None,
+) -> list[Cell]:
+    """Every mode at every batch of a decode step and every prefill length of one sequence."""
+    cells = []
+    for batch, tokens in [(batch, 0) for batch in batches] + [(1, tokens) for tokens in prefills]:
+        torch._dynamo.reset()  # or the next shape is compiled as a dynamic one
+        cells += _cells(model, batch, tokens, rounds, modes, stage)
+    torch._dynamo.reset()
+    return cells
+
+
+def _cells(
+    model, batch: int, tokens: int, rounds: int, modes: Sequence[str], stage: Callable[[str], None]
+) -> list[Cell]:
+    what = f"prefill of {tokens}" if tokens else f"decode, batch {batch}"
+    call, rewind = _prefill(model, tokens) if tokens else _decode(model, batch)
+    forwards, rewrites = {}, {}
+    for mode in modes:
+        for fused in (False, True):
+            stage(f"{what}: compiling {mode}{' with fusionpass' if fused else ''}")
+            forwards[mode, fused] = _forward(model, mode, fused)
+            rewind()
+            with fusionpass.collect() as report:
+                for _ in range(WARM_UP):
+                    call(forwards[mode, fused])
+            rewrites[mode, fused] = report.executed // WARM_UP if fused else None
+    samples: dict[tuple[str, bool], list[float]] = {key: [] for key in forwards}
+    for turn in range(rounds):
+        stage(f"{what}: round {turn + 1} of {rounds}")
+        for key, forward in forwards.items():
+            rewind()
+            samples[key].append(_ms_per_step(lambda forward=forward: call(forward), PREFILLS if tokens else STEPS))
+    sides = {}
+    for key, forward in forwards.items():
+        rewind()
+        kernels, share = profiled(lambda forward=forward: call(forward))
+        times = samples[key]
+        spread = (max(times) - min(times)) / 2
+        sides[key] = Side(statistics.median(times), spread, kernels, rewrites[key], share if key[1] else None)
+    return [Cell(mode, batch, tokens, sides[mode, False], sides[mode, True]) for mode in modes]
+
+
+def _ms_per_step(call: Callable[[], Any], steps: int) -> float:
+    call()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(steps):
+        call()
+    synchronize()
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def synchronize() -> None:
+    torch.cuda.synchronize()
+
+
+def _forward(model: torch.nn.Module, mode: str, fused: bool) -> Callable[..., Any]:
+    if not fused:
+        return model if mode == "eager" else torch.compile(model, mode=mode, dynamic=False)
+    if mode == "eager":
+        return torch.compile(model, backend=backend.fusionpass, options={"inner": "eager"}, dynamic=False)
+    return torch.compile(model, backend=backend.fusionpass, mode=mode, dynamic=False)
+
+
+def _decode(model: torch.nn.Module, batch: int) -> tuple[Callable, Callable[[], None]]:
+    """A step of one token per sequence, and what empties the cache again."""
+    from transformers import StaticCache
+
+    ids = torch.randint(0, _vocabulary(model), (batch, 1), device=model.device)
+    cache = StaticCache(config=model.config, max_cache_len=4 * STEPS)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)  # allocates it, before anything is compiled
+
+    def call(forward):
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def rewind():
+        """To the first token; `cache.reset` would have linear attention compile its prefill as well."""
+        for layer in cache.layers:
+            length = getattr(layer, "cumulative_length", None)
+            if length is not None:
+                length.zero_()
+
+    return call, rewind
+
+
+def _prefill(model: torch.nn.Module, tokens: int) -> tuple[Callable, Callable[[], None]]:
+    ids = torch.randint(0, _vocabulary(model), (1, tokens), device=model.device)
+
+    def call(forward):
+        torch.compiler.cudagraph_mark_step_begin()
+        return forward(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+    return call, lambda: None
+
+
+def _vocabulary(model: torch.nn.Module) -> int:
+    return model.get_input_embeddings().num_embeddings
+
+
+def profiled(call: Callable[[], Any]) -> tuple[int, float]:
+    """Kernels of one call, and the share of their time that is ours."""
+    call()
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in kernels if not event.name.startswith(("Memcpy", "Memset"))]
+    total = sum(event.device_time for event in kernels)
+    ours = sum(event.device_time for event in kernels if event.name.startswith(OURS))
+    return len(kernels), ours / total if total else 0.0
