@@ -38,6 +38,11 @@ def test_on_a_cpu_inductor_is_given_the_expression(opened):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
+def test_a_training_step_has_eagers_gradients(opened):
+    assert opened["gradient error"] < 1e-5
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
 def test_the_kernel_is_in_the_graph(opened):
     """One wrapper of a Triton kernel whose results Inductor allocates, for static sizes and for any number of rows."""
     assert len(opened["kernels"]) == 5
