@@ -24,7 +24,7 @@ INFO = RuleInfo(
     formula="normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight)",
     needs=(
         "an RMSNorm over the last dim of the sum, torch's own or written out",
-        "a weight of one number per column, or none, in the sum's dtype or float32; offset 0 or 1",
+        "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
         "the result in the sum's dtype; nothing in between with other readers",
     ),
     codes=common.CODES
