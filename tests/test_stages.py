@@ -18,6 +18,8 @@ from programs import (
     stops,
     tensors,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fusionpass
 
@@ -570,3 +572,24 @@ def test_a_parameter_that_requires_gradients():
     """symbolic_trace records none of the caller's grad mode: what counts is the mode in which the graph is rewritten."""
     _, report = fusionpass.rewrite(torch.fx.symbolic_trace(Block()), sums())
     assert stops(report.rewrites[0])["rms_norm"] == "needs-grad"
+
+
+def test_indices_on_the_cpu_stay_outside():
+    """Eager takes them from there for rows on a GPU; the op would raise. Meta tensors stand in for these."""
+
+    def function(y, w, i, b, g):
+        return rows((y * col(w))[i]).sum(1) + S(g) * b
+
+    graph_module = torch.fx.symbolic_trace(function)
+    stopped = {}
+    for device in ("meta", "cpu"):
+        with FakeTensorMode() as mode:
+            made = [torch.empty(shape, device="meta") for shape in ((T * K, H), (T, K), (T, H), (T, 1))]
+            y, w, b, g = made
+            i = torch.zeros(T * K, dtype=torch.int64, device=device)
+        FakeTensorProp(graph_module, mode).propagate(y, w, i, b, g)
+        with torch.no_grad():
+            report = fusionpass.rewrite(graph_module).report
+        stopped[device] = {stop["stage"]: stop["code"] for stop in report.rewrites[0].stopped}
+    assert "finalize" not in stopped["meta"]
+    assert stopped["cpu"]["finalize"] == "device"

@@ -75,14 +75,16 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
     return None
 
 
-def kinds(site: Site, same: Sequence, wider: Sequence = ()) -> Refusal | None:
-    """The (name, tensor) pairs must be plain and of the sum's dtype and device; the `wider` ones may be float32."""
+def kinds(site: Site, same: Sequence, wider: Sequence = (), whole: Sequence = ()) -> Refusal | None:
+    """The (name, tensor) pairs must be plain, on the sum's device and of its dtype; the `wider` ones may be float32, and the
+    `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
     total = tensor_of(site.add)
-    for group, dtypes in ((same, (total.dtype,)), (wider, (total.dtype, torch.float32))):
+    groups = (same, (total.dtype,)), (wider, (total.dtype, torch.float32)), (whole, None)
+    for group, dtypes in groups:
         for name, tensor in group:
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
                 return Refusal("subclass", "{} is a {} of layout {}", name, type(tensor).__name__, tensor.layout)
-            if tensor.dtype not in dtypes:
+            if dtypes is not None and tensor.dtype not in dtypes:
                 return Refusal("dtype", "{} is {}, the sum {}", name, dtype_text(tensor.dtype), dtype_text(total.dtype))
             if tensor.device != total.device:
                 return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, total.device)

@@ -208,4 +208,6 @@ def _shapes(site: Site, found: Finalize) -> Refusal | None:
             return Refusal("shape", "{} is {}, a {} of {} terms", name, shape_text(tensor), shape_text(a), found.top_k)
     if not known_equal(y.shape[-1], a.shape[-1]) or not (known_contiguous(a) and known_contiguous(tensor_of(site.add))):
         return Refusal("stride", "a is {} with strides {}", shape_text(a), tuple(a.stride()))
-    return common.kinds(site, [("y", y)], wider=[("weights", weights)])
+    # Eager takes indices from the CPU for rows on a GPU.
+    whole = [(name, tensor) for name, tensor in (("inverse", inverse), ("the mask", masked)) if tensor is not None]
+    return common.kinds(site, [("y", y)], wider=[("weights", weights)], whole=whole)
