@@ -501,6 +501,15 @@ def test_not_rms_norm(name, code):
     check(normed(NOT_NORMED[code][name]), norming(BF16), "dynamo", ["residual"], code, "rms_norm")
 
 
+def test_the_norm_of_what_is_cast_like_the_sum():
+    """`other.type_as(sum)` reads the sum as well, for its dtype; a norm of it is no norm of the sum."""
+
+    def norm(o, w):
+        return unit((w.double() * torch.arange(T, device=w.device)[:, None]).type_as(o))
+
+    check(normed(norm), norming(F32), "dynamo", ["residual"], "not-an-rms-norm", "rms_norm")
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_default_eps(dtype, weighted):

@@ -91,7 +91,8 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
 
 
 def _written_out(site: Site, words: Vocabulary) -> Norm | Refusal | None:
-    for wide in (*(user for user in site.end.users if is_cast(user)), site.end):
+    casts = [user for user in site.end.users if is_cast(user) and user.args[:1] == (site.end,)]  # not other.type_as(sum)
+    for wide in (*casts, site.end):
         value = tensor_of(wide)
         if value is None or value.dtype != torch.float32:
             continue
