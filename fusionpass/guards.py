@@ -126,10 +126,16 @@ def one_state(site: Site, effects: Effects) -> Refusal | None:
 
 
 def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
-    for name, node, read in (("gate", site.gate, site.sigmoid), ("b", site.b, site.product)):
-        writer = effects.write_between(node, read, site.add)
+    # The sigmoid may have other readers, and one of them may write into it; the product has none.
+    reads = (
+        ("gate", site.gate, site.sigmoid, site.add),
+        ("the sigmoid", site.sigmoid, site.sigmoid, site.product),
+        ("b", site.b, site.product, site.add),
+    )
+    for name, node, read, now in reads:
+        writer = effects.write_between(node, read, now)
         if writer is not None:
-            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, site.add)
+            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, now)
     for name, node in (*operands(site), ("the sum", site.add)):
         writer = effects.reshaped_by(node)
         if writer is not None:

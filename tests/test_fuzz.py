@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from programs import operands
+from programs import DEVICE, operands
 
 import fusionpass
 
@@ -77,11 +77,65 @@ SPLIT = ("s{i} = torch.sigmoid({n})", "m{i} = s{i} * {v}", "t{i} = {w} + m{i}")
 SPLIT_PROJECTED = ("l{i} = F.linear({v}, W)", "s{i} = torch.sigmoid(l{i})", "m{i} = s{i} * {w}", "t{i} = {w} + m{i}")
 
 
+# The combine region line by line. Y: the experts' outputs [8, 6]; K: weights [4, 2]; I: a permutation of 8; M: a mask
+# [4, 2]; N: a norm's weight [6]. a{i}: the routed sum, t{i}: the sum, u{i}: the normed sum.
+ROUTED = (
+    ("a{i} = {w}",),
+    ("p{i} = Y * K.reshape(-1, 1)", "q{i} = p{i}[I]", "r{i} = q{i}.view(4, 2, 6)", "a{i} = r{i}.sum(1)"),
+    ("p{i} = Y[I]", "q{i} = p{i}.view(4, 2, 6) * K.unsqueeze(-1)", "a{i} = q{i}.sum(dim=-2)"),
+    ("c{i} = K.t().contiguous().t()", "p{i} = Y.view(4, 2, 6) * c{i}[..., None]", "a{i} = p{i}.sum(1)"),
+    ("p{i} = Y.masked_fill(M.view(-1, 1), 0)", "q{i} = p{i}.view(4, 2, 6) * K[..., None]", "a{i} = q{i}.sum(1)"),
+    ("a{i} = torch.einsum('tk,tkh->th', K, Y.view(4, 2, 6))",),
+)
+CORES = (
+    ("m{i} = torch.sigmoid({n}) * {v}", "t{i} = a{i} + m{i}"),
+    ("l{i} = F.linear({v}, W)", "s{i} = torch.sigmoid(l{i})", "t{i} = a{i} + s{i} * {w}"),
+)
+RESIDUALS = (
+    (),
+    ("t{i} = {w} + t{i}",),
+    ("t{i} = t{i}.view(2, 2, 6)", "t{i} = {v}.reshape(2, 2, 6) + t{i}", "t{i} = t{i}.view(4, 6)"),
+)
+NORMS = (
+    (),
+    ("u{i} = F.rms_norm(t{i}, (6,), N, 1e-5)",),
+    ("v{i} = t{i}.pow(2).mean(-1, keepdim=True)", "u{i} = N * (t{i} * torch.rsqrt(v{i} + 1e-5))"),
+    (
+        "n{i} = 1 + N",
+        "v{i} = (t{i} * t{i}).mean(-1, True)",
+        "x{i} = t{i} * torch.rsqrt(v{i} + 1e-5)",
+        "u{i} = x{i} * n{i}",
+    ),
+)
+INPUT_WRITES = (
+    "Y.mul_(0.5)",
+    "Y[0] = 1",
+    "K.add_(1)",
+    "N.mul_(2)",
+    "I.copy_(I.flip(0))",
+    "M.logical_not_()",
+    "W.add_(0.1)",
+)
+
+
+def region(draw, index: int, names: dict[str, str], writes: bool) -> list[str]:
+    """The region's lines, with writes in between to what it has read or made."""
+    lines, made = [], []
+    for steps in (ROUTED, CORES, RESIDUALS, NORMS):
+        for step in draw(st.sampled_from(steps)):
+            lines.append(step.format(i=index, **names))
+            made.append(lines[-1].split(" = ")[0])
+            if writes and draw(st.integers(0, 5)) == 0:
+                own = [f"{name}.mul_(0.5)" for name in made]
+                lines.append(draw(st.sampled_from((*INPUT_WRITES, *own, "{w}.mul_(2)", "{v}[0] = 0"))).format(**names))
+    return lines
+
+
 @st.composite
 def programs(draw, writes: bool) -> str:
     wide, narrow, lines = ["a", "b"], ["g"], []
     for index in range(draw(st.integers(2, 9))):
-        kinds = ["wide", "narrow", "formula", "split"] + (["write", "write"] if writes else [])
+        kinds = ["wide", "narrow", "formula", "split", "region"] + (["write", "write"] if writes else [])
         kind = draw(st.sampled_from(kinds))
         names = {
             "w": draw(st.sampled_from(wide)),
@@ -90,6 +144,10 @@ def programs(draw, writes: bool) -> str:
         }
         if kind == "write":
             lines.append(draw(st.sampled_from(WRITES)).format(**names))
+            continue
+        if kind == "region":
+            lines += region(draw, index, names, writes)
+            wide += [f"t{index}"] + ([f"u{index}"] if any(line.startswith(f"u{index} = ") for line in lines) else [])
             continue
         if kind == "split":  # the formula line by line, with writes to its own operands in between
             for step in draw(st.sampled_from((SPLIT, SPLIT_PROJECTED))):
@@ -103,7 +161,7 @@ def programs(draw, writes: bool) -> str:
         lines.append(f"t{index} = " + draw(st.sampled_from(source)).format(**names))
     results = draw(st.lists(st.sampled_from(wide + narrow), min_size=1, max_size=3))
     body = "\n".join("    " + line for line in [*lines, f"return ({', '.join([wide[-1], *results])},)"])
-    return f"def program(a, b, g, W):\n{body}\n"
+    return f"def program(a, b, g, W, Y, K, N, I, M):\n{body}\n"
 
 
 def build(source: str):
@@ -113,7 +171,10 @@ def build(source: str):
 
 
 def inputs(requires_grad: bool = False) -> list[torch.Tensor]:
-    return [t.requires_grad_(requires_grad) for t in operands((4, 6), (4, 6), (4, 1), (1, 6), dtype=torch.float32)]
+    shapes = (4, 6), (4, 6), (4, 1), (1, 6), (8, 6), (4, 2), (6,)
+    floats = [t.requires_grad_(requires_grad) for t in operands(*shapes, dtype=torch.float32)]
+    order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4], device=DEVICE)
+    return [*floats, order, order.view(4, 2) > 5]
 
 
 def aliasing(tensors: list[torch.Tensor]) -> list[list[bool]]:

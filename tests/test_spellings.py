@@ -136,6 +136,12 @@ def _g_written(a, b, g):
     return a + s * b
 
 
+def _sigmoid_written(a, b, g):
+    s = S(g)
+    s.mul_(0.5)
+    return a + s * b
+
+
 def _b_written_through_view(a, b, g):
     b = b + 0
     m = S(g) * b
@@ -226,6 +232,7 @@ REFUSES = {
     "b zeroed": (_b_zeroed, "mutation-between"),
     "gate written": (_g_written, "mutation-between"),
     "b written through a view": (_b_written_through_view, "mutation-between"),
+    "sigmoid written": (_sigmoid_written, "mutation-between"),
     "b setitem": (_b_setitem, "mutation-between"),
     "b written by out=": (_b_written_by_out, "mutation-between"),
     "+= on an input": (_iadd_on_input, "in-place-visible"),
