@@ -84,6 +84,7 @@ FUNCTIONS: dict[Any, str] = {
     F.rms_norm: "rms_norm",
     torch.rms_norm: "rms_norm",
     aten.rms_norm.default: "rms_norm",
+    aten._fused_rms_norm.default: "rms_norm",  # what it is on CUDA below autograd, with 1 / rms as a second result
     torch.sum: "sum",
     aten.sum.dim_IntList: "sum",
     torch.mean: "mean",

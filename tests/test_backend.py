@@ -13,9 +13,10 @@ class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = torch.nn.Linear(8, 1)
+        self.up = torch.nn.Linear(8, 8)  # a pointwise b might be left to Inductor
 
     def forward(self, x):
-        return x + torch.sigmoid(self.gate(x)) * x.tanh()
+        return x + torch.sigmoid(self.gate(x)) * self.up(x)
 
 
 def make() -> tuple[Block, torch.Tensor]:

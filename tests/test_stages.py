@@ -568,6 +568,27 @@ def test_a_norm_with_a_parameter(kind, tracer):
         torch.testing.assert_close(tensors(after(*args)), list(expected))
 
 
+FUSED = torch.ops.aten._fused_rms_norm.default
+
+
+@pytest.mark.parametrize("eps", [1e-5, None])
+@pytest.mark.parametrize(("results", "code"), [((0,), None), ((0, 1), "used-elsewhere"), ((1,), "used-elsewhere")])
+def test_the_norm_that_cuda_has_below_autograd(results, code, eps):
+    """Two results, the norm and 1 / rms, of which the op computes the first."""
+
+    def function(a, b, g, r, w):
+        o = r + (a + S(g) * b)
+        norm = FUSED(o, [H], w, eps)
+        return o, *[norm[i] for i in results]
+
+    args = norming(BF16)
+    with torch.no_grad():
+        after, report = fusionpass.rewrite(torch.fx.symbolic_trace(function), args)
+        got, want = after(*args), function(*args)
+    assert stops(report.rewrites[0]).get("rms_norm") == code
+    torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
 def test_a_norm_with_hooks():
     block, args = Block().to(DEVICE), sums()
     block.norm.register_forward_hook(lambda module, inputs, output: output * 2)

@@ -7,6 +7,8 @@ rms_norm(out, (H,), weight, eps)                                                
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch.fx import Node
 
@@ -85,13 +87,20 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
         if len(shape) != 1 or not known_equal(shape[0], total.shape[-1]):
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
         # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
-        default = torch.finfo(torch.float32).eps
-        return Norm(_movable(weight), float(default if eps is None else eps), 0.0, user, [user], user)
+        eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
+        if tensor_of(user) is not None:
+            return Norm(_movable(weight), eps, 0.0, user, [user], user)
+        result = [reader for reader in readers(user) if reader.target is operator.getitem and reader.args[1] == 0]
+        if result != readers(user) or len(result) != 1:
+            return Refusal("used-elsewhere", "{} has {} readers", user, len(readers(user)))
+        return Norm(_movable(weight), eps, 0.0, result[0], [user, *result], user)
     return None
 
 
 def _written_out(site: Site, words: Vocabulary) -> Norm | Refusal | None:
-    casts = [user for user in site.end.users if is_cast(user) and user.args[:1] == (site.end,)]  # not other.type_as(sum)
+    casts = [
+        user for user in site.end.users if is_cast(user) and user.args[:1] == (site.end,)
+    ]  # not other.type_as(sum)
     for wide in (*casts, site.end):
         value = tensor_of(wide)
         if value is None or value.dtype != torch.float32:
