@@ -84,6 +84,11 @@ REFUSED = {
     "layers without one": (["--layers", "2"], "--layers has no effect without a TARGET"),
     "batch without one": (["--batch", "2"], "--batch has no effect without a TARGET"),
     "prefill without one": (["--prefill", "2"], "--prefill has no effect without a TARGET"),
+    "mode without one": (["--mode", "eager"], "--mode has no effect without a TARGET"),
+    "an unknown mode": (
+        ["qwen2_moe", "--mode", "eager,fast"],
+        "'fast' is no mode: allowed are eager, default, reduce-overhead",
+    ),
     "a json file in no folder": (["qwen2_moe", "--json", "/no/such/folder/x.json"], "--json"),
 }
 

@@ -18,8 +18,8 @@ from tabulate import tabulate
 
 import fusionpass
 from fusionpass import backend
+from fusionpass.bench import MODES
 
-MODES = ("eager", "default", "reduce-overhead")
 STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
 WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
 OURS = ("moe_combine_kernel", "gate_projected_add_kernel", "gated_add")

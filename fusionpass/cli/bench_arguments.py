@@ -6,6 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
+from fusionpass.bench import MODES
+
 DESCRIPTION = """\
 With a TARGET, a Hugging Face model type, folder or hub id: ms per decode step of the whole model with random weights
 and a static cache, in eager, torch.compile and torch.compile(mode="reduce-overhead"), without fusionpass and with it.
@@ -14,7 +16,7 @@ Without: measure every op on a CUDA GPU, on a grid of shapes [T, H], against eag
 coordinate_descent_tuning, and the limit that the bandwidth of a device copy sets.
 
 GPU time is that of CUDA-graph replays over rotating buffers, CPU time that of plain calls. Each side's result is held
-against float64 before it is timed. The whole default grid compiles about 120 functions and takes a while; --op,
+against float64 before it is timed. The whole default grid compiles about 200 functions and takes a while; --op,
 --tokens, --hidden and --no-tuned make it shorter."""
 
 EPILOG = """\
@@ -41,7 +43,16 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     model.add_argument("--layers", type=_sets, metavar="N", help="keep the first N layers; default: all")
     model.add_argument("--batch", type=_sizes, metavar="B,B", help="sequences that decode; default: 1,8,32,128")
     model.add_argument(
-        "--prefill", type=_sizes, metavar="T,T", help="measure the prefill of one sequence of T tokens too"
+        "--prefill",
+        type=_sizes,
+        metavar="T,T",
+        help="a prefill of one sequence of T tokens; no decode then, unless --batch asks for it",
+    )
+    model.add_argument(
+        "--mode",
+        type=_modes,
+        metavar="NAME,NAME",
+        help=f"of {', '.join(MODES)}; default: all of them, two compilations each but for eager's",
     )
     what = bench.add_argument_group("what is measured")
     what.add_argument(
@@ -93,6 +104,14 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError(f"{text!r} names no op")
     return names
+
+
+def _modes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MODES:
+            raise argparse.ArgumentTypeError(f"{name!r} is no mode: allowed are {', '.join(MODES)}")
+    return [mode for mode in MODES if mode in names]
 
 
 def _sizes(text: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from fusionpass.bench import MODES
 from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import quiet
@@ -23,7 +24,7 @@ OF_OPS = {
     "check": "--check",
     "tolerance": "--tolerance",
 }
-OF_MODELS = {"layers": "--layers", "batch": "--batch", "prefill": "--prefill"}
+OF_MODELS = {"layers": "--layers", "batch": "--batch", "prefill": "--prefill", "mode": "--mode"}
 
 
 def refuse(arguments: argparse.Namespace) -> None:
@@ -64,7 +65,12 @@ def bench_model_command(arguments: argparse.Namespace) -> int:
         batches = arguments.batch or (() if arguments.prefill else DEFAULT_BATCHES)
         rounds = arguments.rounds or DEFAULT_ROUNDS
         cells = measure(
-            target.model, batches=batches, prefills=arguments.prefill or (), rounds=rounds, stage=progress.stage
+            target.model,
+            batches=batches,
+            prefills=arguments.prefill or (),
+            rounds=rounds,
+            modes=arguments.mode or MODES,
+            stage=progress.stage,
         )
     name = torch.cuda.get_device_name()
     run = ModelRun(arguments.target, arguments.layers, name, torch.__version__, rounds, cells)
