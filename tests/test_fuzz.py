@@ -208,6 +208,9 @@ def test_with_writes(source):
         if want is None:
             return
         got = run(fusionpass.fuse(program), fused_args)
+        if got is None:  # Dynamo refuses what eager lets pass, such as t.copy_(t) of an expanded t: by itself, too
+            assert run(torch.compile(program, backend="eager"), inputs()) is None
+            return
     assert_same(got, want)
     assert_same(fused_args, eager_args)
     assert aliasing(got + fused_args) == aliasing(want + eager_args)
