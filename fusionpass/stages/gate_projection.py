@@ -13,6 +13,7 @@ import torch
 from fusionpass.effects import Effects
 from fusionpass.match import Projection, Refusal, RuleInfo, Site
 from fusionpass.options import Options
+from fusionpass.stages import common
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
 from fusionpass.verify import same_result
 from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape, readers
@@ -67,7 +68,11 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     if len(readers(site.sigmoid)) != 1 or site.sigmoid is site.b:
         return Refusal("gate-used-elsewhere", "{} has {} users", site.sigmoid, len(readers(site.sigmoid)))
     found = _as_projection(meaning)
-    refusal = _shapes(site, found, words) or _safety(site, found, projection, effects) or same_result(site, found)
+    reads = [
+        (name, node, projection) for name, node in (("x", found.x), ("weight", found.weight), ("bias", found.bias))
+    ]
+    refusal = _shapes(site, found, words) or common.movable(reads, projection, site.add, effects)
+    refusal = refusal or same_result(site, found)
     if refusal is None:
         site.projection = found
         site.parts[:0] = parts
@@ -115,24 +120,4 @@ def _shapes(site: Site, found: Projection, words: Vocabulary) -> Refusal | None:
             return Refusal("dtype", "{} feeds {}, a is {}", dtype_text(tensor.dtype), site.gate, dtype_text(a.dtype))
         if tensor.device != a.device:
             return Refusal("device", "{} feeds {}, a is on {}", tensor.device, site.gate, a.device)
-    return None
-
-
-def _safety(site: Site, found: Projection, projection: torch.fx.Node, effects: Effects) -> Refusal | None:
-    """Whether x, weight and bias, read at the projection until now, may be read at the sum instead."""
-    change = effects.state_change_between(projection, site.add)
-    if change is not None:
-        return Refusal("state-change-between", "{} runs between {} and {}", change, projection, site.add)
-    for name, node in (("x", found.x), ("weight", found.weight), ("bias", found.bias)):
-        if node is None:
-            continue
-        if isinstance(node, str):  # a parameter of an nn.Linear, for which the graph has no node
-            writer = effects.any_write_between(projection, site.add)
-        else:
-            writer = effects.write_between(node, projection, site.add)
-        if writer is not None:
-            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, site.add)
-        writer = effects.reshaped_by(node) if isinstance(node, torch.fx.Node) else None
-        if writer is not None:
-            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
     return None
