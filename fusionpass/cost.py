@@ -37,6 +37,9 @@ REDUCTIONS = frozenset(
     "sum mean amax amin var std prod softmax log_softmax layer_norm rms_norm group_norm norm".split()
 )
 
+# Python's operators that aten calls otherwise.
+OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "invert": "bitwise_not"}
+
 
 def left_to_inner(site: Site, effects: Effects, options: Options, *, tuned: bool) -> Refusal | None:
     """Why the site is better left to the inner compiler; None when it is not.
@@ -74,8 +77,8 @@ def _producers(site: Site) -> list[Node]:
     inside = set(site.parts)
     found = []
     for operand in dict.fromkeys(node for node in operands if node is not None):
-        node, above = _behind_views(operand), inside
-        if _fuses(node) and all(_only_inside(reader, above) for reader in readers(node)):
+        node = _behind_views(operand)
+        if _fuses(node) and all(_only_inside(reader, inside) for reader in readers(node)):
             found.append(node)
     return found
 
@@ -123,10 +126,11 @@ def _fuses(node: Node) -> bool:
 
 @cache
 def _pointwise_or_reduction(name: str) -> bool:
-    name = name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
+    name = name.strip("_")
     if name in REDUCTIONS:
         return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return False
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+    for spelled in (name, name.removeprefix("i"), name.removeprefix("r")):  # iadd, __radd__
+        packet = getattr(torch.ops.aten, OPERATORS.get(spelled, spelled), None)
+        if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()):
+            return True
+    return False

@@ -101,13 +101,14 @@ def _moe_combine(a: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, Tensor] 
 def _launched(a: Tensor, b: Tensor, **options: Any) -> tuple[Tensor, Tensor] | None:
     """Allocations and a launch; None where more than the number of rows is not known as a number, or there may be none."""
     *tensors, top_k, permuted, eps, offset = combine_arguments(a, b, **options)
-    given = [tensor for tensor in tensors if tensor is not None]
     if not statically_known_true(b.numel() > 0):
-        return None
-    if not all(isinstance(n, int) for tensor in given for n in (*tensor.stride()[-2:], *tensor.shape[-1:])):
         return None
     kernel = kernels().moe_combine
     rows = kernel.rows_of(kernel.ordered(*tensors))
+    columns = [tensor.shape[-1] for tensor in (b, options.get("x")) if tensor is not None]
+    strides = [stride for tensor in rows.values() if tensor is not None for stride in tensor.stride()]
+    if not all(isinstance(n, int) for n in (*columns, *strides)):
+        return None
     shape = b.shape if options.get("residual") is None else options["residual"].shape
     total = torch.empty(shape, dtype=b.dtype, device=b.device)
     normed = torch.empty((0,) if eps is None else shape, dtype=b.dtype, device=b.device)

@@ -6,6 +6,7 @@ a CUDA driver, so that Triton analyses the kernel as it does beside one. Nothing
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import torch
@@ -56,6 +57,29 @@ def nodes_of(name: str, dynamic: bool = False) -> dict:
     return {**found, "calls": seen}
 
 
+def routed(x, mix, gate_weight, shared):
+    """A site with a weighted sum whose rows are as many as x has, times two, in an order of their own."""
+    y = x.repeat_interleave(2, 0) @ mix
+    inverse = y[:, 0].argsort()
+    a = (y * x[:, :2].softmax(-1).reshape(-1, 1))[inverse].view(-1, 2, x.shape[1]).sum(1)
+    return a + torch.sigmoid(torch.nn.functional.linear(x, gate_weight)) * (x @ shared)
+
+
+def routed_calls() -> list[str]:
+    """The post-grad graph's calls of `routed`, for any number of rows."""
+    seen: list[str] = []
+    torch._inductor.config.post_grad_custom_post_pass = lambda graph: seen.extend(
+        str(node.target) for node in graph.nodes if node.op == "call_function"
+    )
+    torch._dynamo.reset()
+    x, mix, shared = torch.randn(5, 16), torch.randn(16, 16), torch.randn(16, 16)
+    torch._dynamo.mark_dynamic(x, 0)
+    no_gpu_to_compile_for = contextlib.suppress(torch._inductor.exc.InductorError)
+    with torch.no_grad(), no_gpu_to_compile_for:
+        torch.compile(routed, backend=backend.fusionpass)(x, mix, torch.randn(1, 16), shared)
+    return seen
+
+
 def gradient_error() -> float:
     """Largest relative difference from eager's gradients, of a step that Inductor compiles with the ops opened."""
     torch._inductor.config.post_grad_custom_post_pass = None
@@ -80,7 +104,8 @@ def main() -> None:
     inside[library.gate_projected_add] = lambda x, w, bias, a, b: launched(a, b, x=x, gate_weight=w, gate_bias=bias)[0]
     kernels = [nodes_of(name) for name in forward if name != "gated_add"]
     kernels += [nodes_of(name, dynamic=True) for name in ("gate_projected_add", "moe_combine")]
-    print(json.dumps({"expressions": expressions, "kernels": kernels, "gradient error": training}))
+    found = {"expressions": expressions, "kernels": kernels, "gradient error": training, "routed": routed_calls()}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

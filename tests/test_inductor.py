@@ -53,6 +53,13 @@ def test_the_kernel_is_in_the_graph(opened):
         assert not [call for call in calls if "fusionpass" in call or any(copy in call for copy in COPIES)]
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
+def test_a_weighted_sum_of_any_number_of_rows_is_in_the_graph(opened):
+    """Indices and weights are as many as the rows: none of their sizes has to be a number."""
+    assert sum("triton_kernel_wrapper" in call for call in opened["routed"]) == 1, opened["routed"]
+    assert not [call for call in opened["routed"] if "fusionpass" in call]
+
+
 def compiled_code(function, inputs, **how):
     from torch._inductor.utils import run_and_get_code
 
