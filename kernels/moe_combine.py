@@ -114,6 +114,7 @@ def moe_combine_kernel(
 
 
 NAMES = "a topk_weights inverse masked b gate x gate_weight gate_bias residual norm_weight".split()
+B_AT = NAMES.index("b")
 FLAT = ("topk_weights", "inverse", "masked", "gate", "norm_weight")  # one number per row, slot or column
 
 
@@ -156,7 +157,7 @@ class _Prepared:
         self._launch = _launch(rows, count, top_k, permuted, eps, offset) if count else None
 
     def __call__(self, operands: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-        b = operands[4]
+        b = operands[B_AT]
         total = self._result.empty(b)
         normed = self._result.empty(b) if self._norm else b.new_empty(0)
         if self._launch is not None:

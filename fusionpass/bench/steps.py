@@ -7,10 +7,10 @@ it is the host's, under CUDA graphs the device's.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tabulate import tabulate
 import fusionpass
 from fusionpass import backend
 from fusionpass.bench import MODES
+from fusionpass.bench.timing import interleaved
 
 STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
 WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
@@ -133,30 +134,28 @@ def _cells(
                 for _ in range(WARM_UP):
                     call(forwards[mode, fused])
             rewrites[mode, fused] = report.executed // WARM_UP if fused else None
-    samples: dict[tuple[str, bool], list[float]] = {key: [] for key in forwards}
-    for turn in range(rounds):
-        stage(f"{what}: round {turn + 1} of {rounds}")
-        for key, forward in forwards.items():
-            rewind()
-            samples[key].append(_ms_per_step(lambda forward=forward: call(forward), PREFILLS if tokens else STEPS))
+    stage(f"{what}: timing")
+    steps = PREFILLS if tokens else STEPS
+    samplers = {key: partial(_us_per_step, partial(call, forward), rewind, steps) for key, forward in forwards.items()}
+    timings = interleaved(samplers, rounds)
     sides = {}
     for key, forward in forwards.items():
         rewind()
-        kernels, share = profiled(lambda forward=forward: call(forward))
-        times = samples[key]
-        spread = (max(times) - min(times)) / 2
-        sides[key] = Side(statistics.median(times), spread, kernels, rewrites[key], share if key[1] else None)
+        kernels, share = profiled(partial(call, forward))
+        median, spread = (us / 1e3 for us in timings[key])
+        sides[key] = Side(median, spread, kernels, rewrites[key], share if key[1] else None)
     return [Cell(mode, batch, tokens, sides[mode, False], sides[mode, True]) for mode in modes]
 
 
-def _ms_per_step(call: Callable[[], Any], steps: int) -> float:
+def _us_per_step(call: Callable[[], Any], rewind: Callable[[], None], steps: int) -> float:
+    rewind()
     call()
     synchronize()
     start = time.perf_counter()
     for _ in range(steps):
         call()
     synchronize()
-    return (time.perf_counter() - start) / steps * 1e3
+    return (time.perf_counter() - start) / steps * 1e6
 
 
 def synchronize() -> None:

@@ -23,13 +23,16 @@ import gc
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fusionpass.bench.results import Timing
 from fusionpass.bench.sides import Call, as_tuple
+
+Side = TypeVar("Side", bound=Hashable)  # what a side goes by
 
 MIN_SETS, MAX_SETS = 2, 128
 MIN_CALLS = 32  # per graph
@@ -121,9 +124,9 @@ class Captured:
         return max(1, math.ceil(REGION_US / (self.sample(3) * self._count)))
 
 
-def interleaved(samplers: Mapping[str, Callable[[], float]], rounds: int, *, outliers: int = 0) -> dict[str, Timing]:
+def interleaved(samplers: Mapping[Side, Callable[[], float]], rounds: int, *, outliers: int = 0) -> dict[Side, Timing]:
     """`rounds` samples of each side in turn, after one round that does not count; samplers give microseconds."""
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    samples: dict[Side, list[float]] = {name: [] for name in samplers}
     for number in range(rounds + 1):
         for name, sampler in samplers.items():
             us = sampler()

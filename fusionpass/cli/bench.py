@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -12,12 +11,12 @@ from fusionpass.bench.cases import OPS, Case, grid
 from fusionpass.bench.check import Comparison, compare
 from fusionpass.bench.results import Run
 from fusionpass.bench.table import run_text
-from fusionpass.cli.bench_model import bench_model_command, refuse
+from fusionpass.cli.bench_model import DEFAULT_ROUNDS, bench_model_command, refuse
 from fusionpass.cli.files import ensure_writable, print_out, write
+from fusionpass.cli.gpu import ensure_gpu
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import quiet
 
-DEFAULT_ROUNDS = 7
 DEFAULT_TOLERANCE = 0.05
 # What decides what is measured, by attribute: none of it has a meaning for a run that is saved already.
 MEASURING = {
@@ -91,7 +90,7 @@ def _load(path: Path, option: str) -> Run:
 
 def _measured(arguments: argparse.Namespace, baseline: Run | None) -> Run:
     cases = _cases(arguments, baseline)
-    _ensure_gpu()
+    ensure_gpu("bench measures kernels", ", or show a saved run with --from RUN.json")
     from fusionpass.bench.run import measure, steps
 
     with Progress() as progress, quiet():
@@ -125,19 +124,6 @@ def _cases(arguments: argparse.Namespace, baseline: Run | None) -> list[Case]:
 
 def _dtype(baseline: Run | None) -> str:
     return baseline.measurements[0].dtype if baseline is not None and baseline.measurements else "bf16"
-
-
-def _ensure_gpu() -> None:
-    import torch
-
-    if not torch.cuda.is_available():
-        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"
-        raise ValueError(
-            f"no CUDA GPU here{built}; bench measures kernels on one: run it where there is one, or show a saved run "
-            "with --from RUN.json"
-        )
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise ValueError("TRITON_INTERPRET=1 is set, and interpreted kernels have no speed to measure: unset it")
 
 
 def _compared(baseline: Run, run: Run, arguments: argparse.Namespace) -> Comparison:

@@ -7,6 +7,7 @@ import json
 
 from fusionpass.bench import MODES
 from fusionpass.cli.files import ensure_writable, print_out, write
+from fusionpass.cli.gpu import ensure_gpu
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import quiet
 
@@ -49,8 +50,7 @@ def bench_model_command(arguments: argparse.Namespace) -> int:
 
     if arguments.json is not None:
         ensure_writable(arguments.json, "--json")
-    if not torch.cuda.is_available():
-        raise ValueError(f"bench {arguments.target!r} measures on a CUDA GPU and torch finds none: run it where one is")
+    ensure_gpu(f"bench {arguments.target!r} measures a model's steps")
     from fusionpass.bench.steps import ModelRun, measure, randomise
     from fusionpass.targets import resolve
 

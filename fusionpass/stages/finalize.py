@@ -1,9 +1,11 @@
 """a = sum_k weights[t, k] * y[inverse[t, k]]: the weighted top-k sum of the experts' outputs is added up in the kernel.
 
-weighted = y * weights.unsqueeze(-1)                     y [T * K, H]
-a = weighted[inverse].view(T, K, H).sum(dim=1)           the gather before or after the weights, or none at all
-y = y.masked_fill(mask, 0)                               one flag per row of y: the slots of experts elsewhere
-a = einsum("tk,tkh->th", weights, y)                     y [T, K, H]
+    weighted = y * weights.unsqueeze(-1)                     y [T * K, H]
+    a = weighted[inverse].view(T, K, H).sum(dim=1)           the gather before or after the weights, or none at all
+    y = y.masked_fill(mask, 0)                               one flag per row of y: the slots of experts elsewhere
+    a = einsum("tk,tkh->th", weights, y)                     y [T, K, H]
+
+Views that keep the rows' order may stand between.
 """
 
 from __future__ import annotations

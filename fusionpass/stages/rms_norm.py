@@ -1,8 +1,10 @@
 """normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight): the norm that the next layer begins with, a second result.
 
-weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
-(x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
-rms_norm(out, (H,), weight, eps)                                                     torch's own
+    weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
+    (x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
+    rms_norm(out, (H,), weight, eps)                                                     torch's own
+
+The read of the sum moves to where the sum is made.
 """
 
 from __future__ import annotations
