@@ -21,6 +21,7 @@ from torch.fx import Node
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, Site
 from fusionpass.options import Options
+from fusionpass.private import OpOverload
 from fusionpass.tensors import tensor_of
 from fusionpass.traffic import bytes_of
 from fusionpass.vocabulary import gather_of, is_cast, is_view, readers
@@ -119,7 +120,7 @@ def _fuses(node: Node) -> bool:
     """Whether Inductor generates the node's code itself, so that it can share a kernel with its neighbours."""
     if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
         return False
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace not in ("aten", "prims"):
+    if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims"):
         return False
     return is_cast(node) or gather_of(node) is not None or _pointwise_or_reduction(call_name(node))
 

@@ -15,18 +15,24 @@ from torch.autograd import forward_ad
 
 from fusionpass import implementations, library
 from fusionpass.kernels import aten, aten_combine, contract
+from fusionpass.private import (
+    DispatchKey,
+    DispatchKeySet,
+    _after_autograd_keyset,
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 
 PLAIN = (Tensor, torch.nn.Parameter)
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_functorch_levels = torch._C._are_functorch_transforms_active
-_tracer = torch._C._get_tracing_state
 
 
 def transforms_active() -> bool:
-    return forward_ad._current_level >= 0 or _functorch_levels()
+    return forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -37,11 +43,11 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if (
         _is_dynamo_compiling()
-        or _dispatch_modes()
-        or _function_modes()
-        or _functorch_levels()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or _tracer() is not None
+        or _get_tracing_state() is not None
     ):
         return False
     return not any([t is not None and (type(t) not in PLAIN or t.is_neg()) for t in tensors])
@@ -56,14 +62,13 @@ def _plain_keys() -> dict[int, str]:
     """The key sets, below Autograd, of ordinary CPU and CUDA tensors with no mode or transform at work."""
     keys = {}
     for device in ("CPU", "CUDA"):
-        dense = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, device))
-        for key_set in (dense, dense.add(torch._C.DispatchKey.ADInplaceOrView)):
+        dense = DispatchKeySet(getattr(DispatchKey, device))
+        for key_set in (dense, dense.add(DispatchKey.ADInplaceOrView)):
             keys[key_set.raw_repr()] = device
     return keys
 
 
 _PLAIN_KEYS = _plain_keys()
-_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
 _IMPLEMENTATIONS = {
     (library.gated_add, "CPU"): implementations.gated_add_cpu,
     (library.gated_add, "CUDA"): implementations.gated_add_cuda,
@@ -83,11 +88,11 @@ def _below_autograd(op, keyset, *args, **kwargs) -> Tensor:
     """
     if keyset is None:
         return _IMPLEMENTATIONS[op, args[0].device.type.upper()](*args, **kwargs)
-    below = keyset & _AFTER_AUTOGRAD
+    below = keyset & _after_autograd_keyset
     device = _PLAIN_KEYS.get(below.raw_repr())
     if device is not None:
         return _IMPLEMENTATIONS[op, device](*args, **kwargs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return op.redispatch(below, *args, **kwargs)
 
 

@@ -12,9 +12,9 @@ from collections import defaultdict
 from functools import cache
 
 import torch
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from fusionpass.private import OpOverload
 from fusionpass.tensors import storage_key, value_of
 from fusionpass.writes import METADATA_WRITES, call_name, changes_state, is_functorch_level, written_by
 

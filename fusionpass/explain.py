@@ -53,13 +53,15 @@ def capture(
 
 
 def _capture(model, args, kwargs, options: Options, *, target: str = "", keep_code: bool = False) -> Report:
-    torch._dynamo.reset()
+    from fusionpass.private import reset
+
+    reset()
     owned = Owned(torch.compile(model, backend=Backend(options)), options)
     with collector(target=target, keep_code=keep_code) as active:
         try:
             owned(*args, **kwargs)
         finally:
-            torch._dynamo.reset()  # the graphs above carry counters, which nobody else should run
+            reset()  # the graphs above carry counters, which nobody else should run
     if not active.report.graphs:
         owned.settle(active.report)
     return active.report

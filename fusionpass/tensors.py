@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusionpass.kernels.contract import listed
+from fusionpass.private import FakeTensor
 
 # nn.Buffer is a Tensor by its type; UninitializedParameter and everything else brings rules of its own.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)

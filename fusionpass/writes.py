@@ -1,8 +1,8 @@
 """What a single node does besides compute its value: the operands it writes, the modes it switches.
 
 Read off the schema where the target has one, and off PyTorch's naming rule (a trailing underscore, `out=`, `inplace=`) for
-torch functions and Tensor methods. A callable that is neither, such as a function kept by `torch.fx.wrap`, a leaf module
-of one's own or a higher-order op, is taken to write all it is given.
+torch functions, Tensor methods and ops whose schema declares no write. A callable that is none of these, such as a function
+kept by `torch.fx.wrap`, a leaf module of one's own or a higher-order op, is taken to write all it is given.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.fx import Node
+
+from fusionpass.private import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor iconcat setitem delitem".split()
@@ -33,7 +34,7 @@ _STATE_CHANGES = frozenset(
     "_saved_tensors_hooks_enable _saved_tensors_hooks_disable _set_autocast _set_fwd_grad_enabled "
     "lazy_load_decompositions _wrap_for_grad _unwrap_for_grad _add_batch_dim _remove_batch_dim".split()
 )
-_FUNCTORCH_LEVELS = ("_increment_nesting", "_decrement_nesting")
+_FUNCTORCH_LEVELS = ("_increment_nesting", "_decrement_nesting", "wrap_for_grad", "_batch_dim")
 
 
 def call_name(node: Node) -> str:
@@ -47,7 +48,7 @@ def call_name(node: Node) -> str:
 
 
 def is_functorch_level(node: Node) -> bool:
-    """Whether the node opens or closes a vmap, grad or jvp level."""
+    """Whether the node opens or closes a vmap, grad or jvp level, or takes a value into or out of one."""
     return node.op == "call_function" and call_name(node).endswith(_FUNCTORCH_LEVELS)
 
 
@@ -118,6 +119,8 @@ def _written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def _schema_writes(target: OpOverload, node: Node) -> list[Node]:
+    if _names_a_write(call_name(node)) and not target._schema.is_mutable:
+        return node.all_input_nodes  # c10d's collectives: `allreduce_` writes its tensors and does not declare it
     written: list[Node] = []
     for index, name in _written_arguments(target):
         written += nodes_in(node.args[index] if index < len(node.args) else node.kwargs.get(name))

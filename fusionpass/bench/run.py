@@ -15,6 +15,7 @@ from fusionpass.bench.results import HostCost, Measurement, Run, Timing
 from fusionpass.bench.sides import Side, calls_of, ensure_right, errors, sides_of, truth
 from fusionpass.bench.timing import WARM_UP, Captured, call_count, gpu_times, host_times, set_count
 from fusionpass.direct import call_directly
+from fusionpass.private import reset
 
 DEVICE = "cuda"  # the current one
 COPY_BYTES = 2**30  # of the source; twenty times an L2 of 50 MB
@@ -53,7 +54,7 @@ def measure(cases: Sequence[Case], *, rounds: int, sets: int | None, tuned: bool
     for index, case in enumerate(_host_cases(cases)):
         tell(f"{case}: CPU time", 1 + len(cases) + index)
         costs.append(HostCost(*case, _host_times(case)))
-    torch._dynamo.reset()
+    reset()
     return Run(
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
@@ -89,7 +90,7 @@ def _gpu_times(
     import torch._functorch.config as functorch_config
 
     backward = OPS[case.op].backward
-    torch._dynamo.reset()  # or the shapes of earlier cases count against the recompile limit
+    reset()  # or the shapes of earlier cases count against the recompile limit
     gc.collect()  # whatever still refers to the last case's graphs holds their memory
     torch.cuda.empty_cache()
     # A donated buffer is freed by the first backward; these run again and again (retain_graph).
@@ -159,7 +160,7 @@ def _host_times(case: Case) -> dict[str, Timing]:
     it. Both are called by `forward`, which leaves out the hooks of nn.Module.__call__.
     """
     op = OPS[case.op]
-    torch._dynamo.reset()
+    reset()
     inputs = draw(case, torch.Generator(DEVICE).manual_seed(0)).inputs
     traced = torch.fx.symbolic_trace(op.eager)
     rewritten = fusionpass.rewrite(traced, inputs, inner="eager", strict=True).graph_module
