@@ -4,7 +4,7 @@ from fusionpass import ops
 from fusionpass._version import __version__
 from fusionpass.collecting import collect
 from fusionpass.decorator import fuse
-from fusionpass.errors import NothingRewritten
+from fusionpass.errors import NothingRewritten, VerificationFailed
 from fusionpass.explain import explain
 from fusionpass.report import Report
 from fusionpass.rewrite import Rewritten, rewrite
@@ -13,6 +13,7 @@ __all__ = [
     "NothingRewritten",
     "Report",
     "Rewritten",
+    "VerificationFailed",
     "__version__",
     "collect",
     "explain",

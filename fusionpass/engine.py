@@ -20,10 +20,11 @@ from fusionpass.options import Options
 from fusionpass.pattern import find, is_sum
 from fusionpass.provenance import module_of, source_of
 from fusionpass.records import Miss, Rewrite
-from fusionpass.replace import replace
+from fusionpass.replace import insert, take_over
 from fusionpass.stages import STAGES
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
 from fusionpass.traffic import fused_bytes, kernels_and_bytes
+from fusionpass.validate import validate
 from fusionpass.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class Outcome:
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)  # name of a value's old node -> name of its new one
+    switched_off: bool = False  # PyTorch's tools kept the pass from running
 
 
 def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned: bool = False) -> Outcome:
@@ -46,9 +48,12 @@ def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned
         foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
             Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
+
+    Raises:
+        VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
     outcome = Outcome()
-    _run(graph_module, options, outcome, foreign, tuned, set(), inside_functorch=False)
+    _Pass(options, foreign, tuned, outcome).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -58,50 +63,82 @@ def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned
     return outcome
 
 
-def _run(
-    gm: GraphModule,
-    options: Options,
-    outcome: Outcome,
-    foreign: str,
-    tuned: bool,
-    seen: set[int],
-    inside_functorch: bool,
-):
-    if id(gm) in seen:  # a child that several higher-order calls share
-        return
-    seen.add(id(gm))
-    words = Vocabulary(gm)
-    outcome.nodes += len(gm.graph.nodes)
-    sums = [node for node in gm.graph.nodes if is_sum(words, node)]
-    effects: Effects | None = None
-    changed = False
-    gone: set[str] = set()  # names of nodes that a site before has taken in
-    for add in sums:
-        if add.name in gone:
-            continue
-        readings = list(find(words, add))
-        if not readings:
-            continue
-        effects = effects or Effects(gm, inside_functorch)
-        site, refusal = _choose(readings, effects, foreign)
+@dataclass
+class _Pass:
+    """One run, over a graph and the graphs within it."""
+
+    options: Options
+    foreign: str
+    tuned: bool
+    outcome: Outcome
+    seen: set[int] = field(default_factory=set)
+
+    def over(self, gm: GraphModule, inside_functorch: bool) -> None:
+        if id(gm) in self.seen:  # a child that several higher-order calls share
+            return
+        self.seen.add(id(gm))
+        words = Vocabulary(gm)
+        self.outcome.nodes += len(gm.graph.nodes)
+        sums = [node for node in gm.graph.nodes if is_sum(words, node)]
+        effects: Effects | None = None
+        gone: set[str] = set()  # names of nodes that a site before has taken in
+        for add in sums:
+            readings = [] if add.name in gone else list(find(words, add))
+            if not readings:
+                continue
+            effects = effects or Effects(gm, inside_functorch)
+            site, refusal = self.judged(readings, words, effects)
+            if refusal is not None:
+                self.outcome.misses.append(_miss(add, refusal))
+                continue
+            self.outcome.rewrites.append(self.replace(gm, site, words, effects))
+            gone.update(self.outcome.rewrites[-1].nodes)
+        children = child_graphs(gm)
+        if children:  # asked once, not once per child: a model may have one per layer
+            effects = effects or Effects(gm, inside_functorch)
+        for child in children.values():
+            self.over(child, effects.has_functorch)
+        if gone:
+            gm.recompile()
+
+    def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site, Refusal | None]:
+        """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
+        site, refusal = _choose(readings, effects, self.foreign)
         if refusal is not None:
-            outcome.misses.append(_miss(add, refusal))
-            continue
-        _grow(site, words, effects, options)
-        refusal = left_to_inner(site, effects, options, tuned=tuned) if options.profitable_only else None
-        if refusal is not None:
-            outcome.misses.append(_miss(add, refusal))
-            continue
-        outcome.rewrites.append(_replace(gm, site, words, effects, options, outcome))
-        gone.update(outcome.rewrites[-1].nodes)
-        changed = True
-    children = child_graphs(gm)
-    if children:  # asked once, not once per child: a model may have one per layer
-        effects = effects or Effects(gm, inside_functorch)
-    for child in children.values():
-        _run(child, options, outcome, foreign, tuned, seen, effects.has_functorch)
-    if changed:
-        gm.recompile()
+            return site, refusal
+        _grow(site, words, effects, self.options)
+        if self.options.profitable_only:
+            refusal = left_to_inner(site, effects, self.options, tuned=self.tuned)
+        return site, refusal
+
+    def replace(self, gm: GraphModule, site: Site, words: Vocabulary, effects: Effects) -> Rewrite:
+        total = tensor_of(site.end)
+        kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
+        bytes_fused = fused_bytes(site, words)
+        module, source = module_of(site.add), source_of(site.add)
+        stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
+        inserted = insert(gm.graph, site, self.options)
+        if self.options.verify:
+            validate(gm, site, inserted, self.options)
+        new, gone, renamed = take_over(gm.graph, site, inserted, effects)
+        kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
+        self.outcome.renamed |= renamed
+        return Rewrite(
+            rule="gated_add",
+            stages=list(site.stages),
+            nodes=gone,
+            replacement=new.name,
+            module=module,
+            source=source,
+            shape=[size if isinstance(size, int) else str(size) for size in total.shape],
+            dtype=dtype_text(total.dtype),
+            kernels_before=kernels_before,
+            kernels_after=1 + kernels_kept,
+            bytes_before=bytes_before,
+            bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
+            graph=0,
+            stopped=stopped,
+        )
 
 
 def _choose(readings: list[tuple[Site, Refusal | None]], effects: Effects, foreign: str) -> tuple[Site, Refusal | None]:
@@ -127,33 +164,6 @@ def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> 
             refusal = stage.grow(site, words, effects, options)
         if refusal is not None:
             site.stopped.append((name, refusal))
-
-
-def _replace(gm, site: Site, words: Vocabulary, effects: Effects, options: Options, outcome: Outcome) -> Rewrite:
-    total = tensor_of(site.end)
-    kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
-    bytes_fused = fused_bytes(site, words)
-    module, source = module_of(site.add), source_of(site.add)
-    stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
-    new, gone, renamed = replace(gm.graph, site, effects, options)
-    kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
-    outcome.renamed |= renamed
-    return Rewrite(
-        rule="gated_add",
-        stages=list(site.stages),
-        nodes=gone,
-        replacement=new.name,
-        module=module,
-        source=source,
-        shape=[size if isinstance(size, int) else str(size) for size in total.shape],
-        dtype=dtype_text(total.dtype),
-        kernels_before=kernels_before,
-        kernels_after=1 + kernels_kept,
-        bytes_before=bytes_before,
-        bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
-        graph=0,
-        stopped=stopped,
-    )
 
 
 def _miss(add: Node, refusal: Refusal) -> Miss:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusionpass.engine import Outcome
-from fusionpass.errors import NothingRewritten
+from fusionpass.errors import NothingRewritten, VerificationFailed
 from fusionpass.options import Options
 from fusionpass.report import Report
 
@@ -76,6 +76,11 @@ class Owned:
         report = _owner.report = Report()
         try:
             result = self.run(*args, **kwargs)
+        except Exception as error:
+            inner = getattr(error, "inner_exception", None)  # of Dynamo's BackendCompilerFailed
+            if isinstance(inner, VerificationFailed):  # the pass's finding, no compiler's failure
+                raise inner from None
+            raise
         finally:
             _owner.report = None
         if report.graphs:

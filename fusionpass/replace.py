@@ -17,6 +17,14 @@ from fusionpass.tensors import tensor_of
 from fusionpass.vocabulary import is_reshape, readers
 
 
+class Inserted(NamedTuple):
+    """The op in front of the site's last sum; nothing reads its results yet."""
+
+    op: Node
+    total: Node  # the op itself where it has one result
+    normed: Node | None
+
+
 class Replacement(NamedTuple):
     """The node of the op, the names of the nodes that are gone, and the new names of the values that live on."""
 
@@ -25,22 +33,53 @@ class Replacement(NamedTuple):
     renamed: dict[str, str]
 
 
-def replace(graph: Graph, site: Site, effects: Effects, options: Options) -> Replacement:
-    """Compute the site's results by one op, right where the last of its sums stood.
+def insert(graph: Graph, site: Site, options: Options) -> Inserted:
+    """Compute the site's results by one op, right where the last of its sums stands."""
+    with graph.inserting_before(site.end):
+        if not site.combined:
+            new = _call(graph, site, options)
+            new.meta = inherit(site.add, str(new.target))
+            if site.writes_a:
+                _own_value(new, tensor_of(site.add))
+            return Inserted(new, new, None)
+        op = _combine_call(graph, site)
+        total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
+        normed = None
+        if site.norm is not None:
+            normed = graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed")
+    _describe(site, op, total, normed)
+    return Inserted(op, total, normed)
+
+
+def take_over(graph: Graph, site: Site, new: Inserted, effects: Effects) -> Replacement:
+    """Have readers of the site's results read the op's.
 
     Only the site's own nodes and the views made for them are erased, each only when nothing reads it any more; no other
     node is touched.
     """
-    if site.combined:
-        return _combine(graph, site, effects)
-    add = site.add
-    with graph.inserting_before(add):
-        new = _call(graph, site, options)
-    new.meta = inherit(add, str(new.target))
-    if site.writes_a:
-        _own_value(new, tensor_of(add))
-    _stand_in(new, add, effects)
-    return Replacement(new, _erase(graph, site), {add.name: new.name})
+    renamed = {site.end.name: new.total.name}
+    if new.normed is not None:
+        renamed[site.norm.result.name] = new.normed.name
+        _stand_in(new.normed, site.norm.result, effects)
+    effects.position[new.op] = effects.position[site.end]
+    _stand_in(new.total, site.end, effects)
+    # The norm read the old sum, whose readers are now the new one's: its nodes go first.
+    return Replacement(new.op, _erase(graph, site), renamed)
+
+
+def _describe(site: Site, op: Node, total: Node, normed: Node | None) -> None:
+    """What a tracer would have recorded of the op with two results."""
+    end = site.end
+    key = "val" if "val" in end.meta else "example_value"
+    total.meta = inherit(end, "getitem")
+    if site.writes_a and end is site.add:
+        _own_value(total, tensor_of(end))
+    op.meta = {k: v for k, v in total.meta.items() if k not in ("tensor_meta", "val", "example_value")}
+    values = [total.meta[key], _empty_like(total.meta[key])]
+    if normed is not None:
+        normed.meta = inherit(site.norm.result, "getitem")
+        values[1] = normed.meta[key]
+    op.meta[key] = tuple(values)
 
 
 def _stand_in(new: Node, old: Node, effects: Effects) -> None:
@@ -68,34 +107,6 @@ def _erase(graph: Graph, site: Site) -> list[str]:
                 erase(operand)
                 operand = before
     return list(gone.values())[::-1]
-
-
-def _combine(graph: Graph, site: Site, effects: Effects) -> Replacement:
-    """The op for a site that grew: two results, of which the second takes the place of the norm."""
-    end, norm = site.end, site.norm
-    key = "val" if "val" in end.meta else "example_value"
-    with graph.inserting_before(end):
-        op = _combine_call(graph, site)
-        total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
-        normed = (
-            graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed") if norm else None
-        )
-    total.meta = inherit(end, "getitem")
-    if site.writes_a and end is site.add:
-        _own_value(total, tensor_of(end))
-    op.meta = {k: v for k, v in total.meta.items() if k not in ("tensor_meta", "val", "example_value")}
-    values = [total.meta[key], _empty_like(total.meta[key])]
-    renamed = {end.name: total.name}
-    if norm is not None:
-        renamed[norm.result.name] = normed.name
-        normed.meta = inherit(norm.result, "getitem")
-        values[1] = normed.meta[key]
-        _stand_in(normed, norm.result, effects)
-    op.meta[key] = tuple(values)
-    effects.position[op] = effects.position[end]
-    _stand_in(total, end, effects)
-    # The norm read the old sum, whose readers are now the new one's: its nodes go first.
-    return Replacement(op, _erase(graph, site), renamed)
 
 
 def _combine_call(graph: Graph, site: Site) -> Node:

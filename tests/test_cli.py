@@ -428,3 +428,35 @@ def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(words, **{**more, "capture_output": False, "stdout": writing, "stderr": subprocess.PIPE})
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# --verify
+
+
+def test_verify_says_what_it_held(run, code):
+    status, out, err = run("report", f"{code}:Combine", "--verify")
+    assert status == 0 and "1 rewritten" in out
+    assert "note: verified: 1 rewritten site computed what the replaced nodes do" in err
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["code", "archive"])
+def test_verify_exits_1_when_a_site_differs(run, code, monkeypatch, tmp_path, exported):
+    from fusionpass import replace
+
+    build = replace._call
+
+    def mistaken(graph, site, options):
+        site.a, site.b = site.b, site.a
+        return build(graph, site, options)
+
+    target = f"{code}:Combine"
+    if exported:
+        target = str(tmp_path / "program.pt2")
+        args = (torch.ones(4, 8), torch.ones(4, 1), torch.ones(4, 8))
+        scope = {}
+        exec(CODE, scope)
+        torch.export.save(torch.export.export(scope["Combine"](), args), target)
+    monkeypatch.setattr(replace, "_call", mistaken)
+    status, out, err = run("report", target, "--verify")
+    assert status == 1, err
+    assert "verify: site add" in err and "Traceback" not in err

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import MISSING, fields
 
 import pytest
 from programs import abg, captured
@@ -11,7 +11,8 @@ import fusionpass
 from fusionpass.options import Options
 from fusionpass.records import Miss, Rewrite
 
-PUBLIC = {"NothingRewritten", "Report", "Rewritten", "__version__", "collect", "explain", "fuse", "ops", "rewrite"}
+PUBLIC = {"NothingRewritten", "Report", "Rewritten", "VerificationFailed", "__version__", "collect", "explain", "fuse"}
+PUBLIC |= {"ops", "rewrite"}
 
 
 def test_public_names():
@@ -39,6 +40,9 @@ def test_options():
         "numerics": "fp32",
         "profitable_only": True,
         "strict": False,
+        "verify": False,
+        "mode": None,
+        "inductor": MISSING,
     }
 
 

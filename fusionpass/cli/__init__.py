@@ -120,6 +120,11 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         help="exit 1 unless N rewritten sites ran: one per layer, also where layers share one captured graph",
     )
     judge.add_argument("--strict", action="store_true", help="exit 1 when nothing was rewritten")
+    judge.add_argument(
+        "--verify",
+        action="store_true",
+        help="run each site's op against the nodes it replaces, on random inputs; exit 1 when one differs",
+    )
     sizes = report.add_argument_group("Hugging Face targets")
     sizes.add_argument(
         "--layers", type=_count_from(1), metavar="N", help="keep the first N decoder layers; default: all"

@@ -10,8 +10,9 @@ from fusionpass.cli.diff import appended
 from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import TRACEBACK, quiet
+from fusionpass.errors import VerificationFailed
 from fusionpass.render import summary
-from fusionpass.report import Report
+from fusionpass.report import Report, count
 from fusionpass.targets.types import Target, TargetError, one_line
 
 SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html"}
@@ -32,9 +33,16 @@ def report_command(arguments: argparse.Namespace) -> int:
         progress.stage(f"building {arguments.target}")
         target = _resolve(arguments)
         progress.stage("capturing")
-        report = _capture(target, options, keep_code=arguments.diff)
+        try:
+            report = _capture(target, options, keep_code=arguments.diff)
+        except VerificationFailed as error:
+            print(f"fusionpass report {arguments.target}: {error}", file=sys.stderr)
+            return 1
         progress.stage("rendering")
         text = _rendered(report, style, arguments.diff)
+    if arguments.verify:
+        number = count(len(report.rewrites), "rewritten site")
+        print(f"note: verified: {number} computed what the replaced nodes do, on random inputs", file=sys.stderr)
     for note in target.notes:
         print(f"note: {note}", file=sys.stderr)
     if output is None:
@@ -50,6 +58,8 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
     from fusionpass.options import Options
 
     options: dict[str, object] = {"inner": arguments.inner, "numerics": arguments.numerics}
+    if arguments.verify:
+        options["verify"] = True
     if arguments.rules is not None:
         options["rules"] = [name.strip() for name in arguments.rules.split(",") if name.strip()]
     Options.from_user(options)
@@ -81,6 +91,8 @@ def _capture(target: Target, options: dict[str, object], *, keep_code: bool) -> 
 
             call = (target.model, target.args, dict(target.kwargs))
             return capture(*call, target=target.name, keep_code=keep_code, **options)
+    except VerificationFailed:
+        raise
     except Exception as error:  # the target's own code runs here, and may raise anything
         needs_values = target.on_meta and "meta" in str(error)
         hint = "meta tensors have no values, so try --device cpu --layers 2; " if needs_values else ""

@@ -1,0 +1,192 @@
+"""Translation validation: the op and the nodes it replaces, run side by side on random inputs (option `verify`).
+
+A matcher's mistake shows as another value. What the nodes read is drawn anew, with the shapes, dtypes and strides that the
+tracer recorded: from a normal distribution, from one so narrow that a norm's eps tells, and with infinities, nan and zeros
+among it. The results may differ by rounding alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from fusionpass.errors import VerificationFailed
+from fusionpass.implementations import interpreted
+from fusionpass.match import Site
+from fusionpass.options import Options
+from fusionpass.private import unset_fake_temporarily
+from fusionpass.provenance import module_of, source_of
+from fusionpass.replace import Inserted
+from fusionpass.tensors import same_strides, tensor_of, value_of
+
+SEED = 0
+RARE = (math.nan, math.inf, -math.inf, 0.0, -0.0)
+SIGMAS = 4
+SMALL = 2.0**-9  # its square is in the order of eps, 1e-6 to 1e-5
+
+
+def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> None:
+    """Compare the site's nodes with the op that stands in front of them.
+
+    Raises:
+        VerificationFailed: they differ in dtype, shape, strides, or by more than `allowed`.
+    """
+    old = [site.end] if site.norm is None else [site.end, site.norm.result]
+    found = [new.total] if new.normed is None else [new.total, new.normed]
+    # What the site computes itself is computed on both sides: in a + s * s, b is the sigmoid.
+    operands = [node for node in new.op.all_input_nodes if node not in site.parts]
+    inside, leaves = _region(old, operands)
+    if any(tensor_of(node) is not None and _size_of(tensor_of(node)) is None for node in (*old, *leaves)):
+        raise VerificationFailed(f"{_named(site)}: its sizes are not known before it runs; leave out option 'verify'")
+    before = _extracted(gm, inside, leaves, old)
+    after = _extracted(gm, [new.op, *[node for node in found if node is not new.op]], leaves, found)
+    with unset_fake_temporarily(), torch.no_grad():
+        exact = options.numerics == "eager" and not interpreted()  # the interpreter's exp is numpy's
+        way = "option 'rules', or give up the pass for this model"
+        generator = torch.Generator().manual_seed(SEED)  # of our own: the user's random numbers stay theirs
+        for size, rare in ((1.0, False), (SMALL, False), (1.0, True)):
+            inputs = [_drawn(node, site, generator, size, rare) for node in leaves]
+            want, got = before(*map(_copied, inputs)), after(*map(_copied, inputs))
+            for name, w, g in zip(("the sum", "the normed sum"), want, got, strict=False):
+                complaint = _difference(g, w, 0.0 if exact else _allowed(site, w.dtype), size)
+                if complaint is not None:
+                    raise VerificationFailed(
+                        f"{_named(site)}: {name} {complaint}. Please report it; leave it out by {way}"
+                    )
+
+
+def _named(site: Site) -> str:
+    place = ", ".join(part for part in (source_of(site.add), module_of(site.add)) if part)
+    return f"verify: site {site.add}{f' ({place})' if place else ''}, stages {', '.join(site.stages)}"
+
+
+def _region(results: Sequence[Node], operands: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """The nodes between the op's operands and the results, in graph order, and what these read from elsewhere."""
+    stop = {node for node in operands if node.op != "get_attr" or tensor_of(node) is not None}
+    inside: set[Node] = set()
+    leaves: dict[Node, None] = dict.fromkeys(node for node in operands if node in stop)
+    pending = list(results)
+    while pending:
+        node = pending.pop()
+        if node in inside:
+            continue
+        value = value_of(node)
+        number = value is not None and not isinstance(value, Tensor | list | tuple)
+        if node in stop or node.op == "placeholder" or number:
+            leaves[node] = None
+            continue
+        inside.add(node)
+        pending += node.all_input_nodes
+    ordered = [node for node in results[0].graph.nodes if node in inside]
+    return ordered, list(leaves)
+
+
+def _extracted(gm: GraphModule, nodes: Sequence[Node], leaves: Sequence[Node], results: Sequence[Node]) -> GraphModule:
+    """A function from the leaves' values to the results', which shares the modules of `gm`."""
+    graph = Graph()
+    copies = {leaf: graph.placeholder(f"leaf_{i}") for i, leaf in enumerate(leaves)}
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
+    for node in nodes:
+        copied(node)
+    graph.output(tuple(copies[node] for node in results))
+    return GraphModule(gm, graph)
+
+
+def _size_of(tensor: Tensor) -> list[int] | None:
+    """The shape in numbers; None when some size or stride has none."""
+    sizes = [_number(size) for size in (*tensor.shape, *tensor.stride())]
+    return None if None in sizes else sizes[: tensor.dim()]
+
+
+def _number(size: Any) -> Any:
+    """A symbolic number as the one it was traced with; None when there is none."""
+    if isinstance(size, int | float | bool):
+        return size
+    return size.node.hint if size.node.has_hint() else None
+
+
+def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare: bool) -> Any:
+    """A value for what the region reads, laid out as the recorded one is; the gate's weight so that logits are around 1."""
+    recorded = value_of(node)
+    if not isinstance(recorded, Tensor):
+        return _number(recorded) if isinstance(recorded, torch.SymInt | torch.SymFloat | torch.SymBool) else recorded
+    shape = _size_of(recorded)
+    strides = [_number(stride) for stride in recorded.stride()]
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    if recorded.dtype is torch.bool:
+        flat = torch.rand(reach, generator=generator) < 0.25
+    elif recorded.dtype.is_floating_point:
+        flat = torch.randn(reach, generator=generator) * size
+        if site.projection is not None and node is site.projection.weight:
+            flat /= math.sqrt(recorded.numel())
+        if rare:  # in about every second row
+            odd = torch.tensor(RARE)[torch.randint(len(RARE), (reach,), generator=generator)]
+            flat = torch.where(torch.rand(reach, generator=generator) * shape[-1] < 0.5, odd, flat)
+    else:  # an index of the rows that the op gathers
+        flat = torch.randint(max(_rows(site.finalize.y), 1), (reach,), generator=generator)
+    device = "cpu" if recorded.device.type == "meta" else recorded.device
+    return flat.to(device=device, dtype=recorded.dtype).as_strided(shape, strides)
+
+
+def _rows(node: Node) -> int:
+    return math.prod(_size_of(tensor_of(node))[:-1])
+
+
+def _copied(value: Any) -> Any:
+    """Memory of its own, laid out the same, for a side that may write into it."""
+    if not isinstance(value, Tensor):
+        return value
+    storage = value.untyped_storage().clone()
+    return torch.empty(0, dtype=value.dtype, device=value.device).set_(storage, 0, value.shape, value.stride())
+
+
+def _allowed(site: Site, dtype: torch.dtype) -> float:
+    """How far two ways to compute the site may lie apart, in units of the largest number of a row.
+
+    Each node rounds by at most half of epsilon, and each term of the weighted sum; many roundings add up as a random walk
+    does. The projection sums its products in float32, in an order of its own.
+    """
+    terms = len(site.parts) + (site.finalize.top_k if site.finalize is not None else 0)
+    products = 1 if site.projection is None else tensor_of(site.projection.x).shape[-1]
+    return SIGMAS * (
+        math.sqrt(terms) * torch.finfo(dtype).eps / 2 + math.sqrt(products) * torch.finfo(torch.float32).eps
+    )
+
+
+def _difference(got: Tensor, want: Tensor, allowed: float, size: float) -> str | None:
+    """How the op's result differs from the nodes' by more than rounding, for inputs around `size`."""
+    if (got.dtype, got.shape) != (want.dtype, want.shape):
+        return f"is {got.dtype}{list(got.shape)}, the nodes give {want.dtype}{list(want.shape)}"
+    if not same_strides(got, want):
+        return f"has strides {tuple(got.stride())}, the nodes give {tuple(want.stride())}"
+    if want.numel() == 0:
+        return None
+    got, want = got.double(), want.double()
+    finite = want.isfinite()
+    same = torch.where(finite, got.isfinite(), (got == want) | (got.isnan() & want.isnan()))
+    if not same.all():
+        at = _first(~same)
+        return f"is {got[at]} at {list(at)}, the nodes give {want[at]}"
+    error = torch.where(finite, got - want, 0.0).abs()
+    largest = torch.where(finite, want, 0.0).abs().amax(-1, keepdim=True).clamp(min=size)
+    over = error > allowed * largest
+    if not over.any():
+        return None
+    at = _first(over)
+    bound = float((allowed * largest).expand_as(error)[at])
+    found = f"is {got[at]:.6g} at {list(at)}, the nodes give {want[at]:.6g}"
+    return f"{found}, which is {error[at]:.2g} apart, allowed {bound:.2g}"
+
+
+def _first(found: Tensor) -> tuple[int, ...]:
+    return tuple(found.nonzero()[0].tolist())

@@ -1,0 +1,143 @@
+"""`verify`: a site whose op computes anything else than its nodes is named; one that rounds otherwise is not."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from programs import DEVICE, captured, operands
+
+import fusionpass
+from fusionpass import replace
+from fusionpass.match import Finalize, Norm, Projection
+
+S = torch.sigmoid
+
+
+def region(y, weights, order, x, gate_weight, b, residual, norm):
+    """All five stages."""
+    a = (y * weights.reshape(-1, 1))[order].view(4, 2, 8).sum(1)
+    total = residual + (a + S(F.linear(x, gate_weight)) * b)
+    return total, F.rms_norm(total, (8,), norm, 1e-5)
+
+
+def arguments(dtype=torch.float32):
+    y, weights, x, gate_weight, b, residual, norm = operands(
+        (8, 8), (4, 2), (4, 6), (1, 6), (4, 8), (4, 8), (8,), dtype=dtype
+    )
+    order = torch.tensor([3, 0, 7, 1, 6, 2, 5, 4], device=DEVICE)
+    return y, weights, order, x, gate_weight, b, residual, norm
+
+
+def other(site, **changes):
+    """The site, with other operands than the matcher found."""
+    changed = copy.copy(site)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def weighted(site, **changes):
+    return other(site, finalize=Finalize(**{**vars(site.finalize), **changes}))
+
+
+# A matcher's mistakes, made on purpose.
+MISTAKES = {
+    "a and b exchanged": lambda site: other(site, b=site.residual, residual=site.b),
+    "another residual": lambda site: other(site, residual=site.b),
+    "no residual": lambda site: other(site, residual=None),
+    "weights in the other order": lambda site: weighted(site, permuted=not site.finalize.permuted),
+    "rows not gathered": lambda site: weighted(site, inverse=None, permuted=False),
+    "another eps": lambda site: other(site, norm=Norm(**{**vars(site.norm), "eps": 1e-6})),
+    "an offset": lambda site: other(site, norm=Norm(**{**vars(site.norm), "offset": 1.0})),
+    "no norm weight": lambda site: other(site, norm=Norm(**{**vars(site.norm), "weight": None})),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(mistake, dtype, monkeypatch):
+    build = replace._combine_call
+    monkeypatch.setattr(replace, "_combine_call", lambda graph, site: build(graph, MISTAKES[mistake](site)))
+    with (
+        torch.no_grad(),
+        pytest.raises(fusionpass.VerificationFailed, match=r"verify: site \w+ \(.*finalize.*rms_norm"),
+    ):
+        captured(region, *arguments(dtype))
+
+
+def test_a_mistake_in_the_core_is_found(monkeypatch):
+    build = replace._call
+    monkeypatch.setattr(replace, "_call", lambda graph, site, options: build(graph, other(site, a=site.b), options))
+    a, b, gate = operands((4, 8), (4, 8), (4, 1))
+    with pytest.raises(fusionpass.VerificationFailed, match="the sum is .* the nodes give"):
+        fusionpass.fuse(lambda a, b, g: a + S(g) * b)(a, b, gate)
+    fused = fusionpass.fuse(lambda a, b, g: a + S(g) * b, verify=False)
+    assert not torch.allclose(fused(a, b, gate), a + S(gate) * b)  # what the option is for
+
+
+def test_a_mistake_in_the_projection_is_found(monkeypatch):
+    build = replace._call
+
+    def without_bias(graph, site, options):
+        found = site.projection
+        return build(graph, other(site, projection=Projection(found.x, found.weight, None)), options)
+
+    monkeypatch.setattr(replace, "_call", without_bias)
+    x, weight, bias, a, b = operands((4, 6), (1, 6), (1,), (4, 8), (4, 8))
+    with pytest.raises(fusionpass.VerificationFailed):
+        captured(lambda x, w, c, a, b: a + S(F.linear(x, w, c)) * b, x, weight, bias, a, b)
+
+
+@pytest.mark.parametrize("numerics", ["fp32", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_is_no_mistake(dtype, numerics):
+    with torch.no_grad():
+        report = captured(region, *arguments(dtype), numerics=numerics, strict=True)
+    assert report.rewrites
+
+
+def test_random_numbers_of_the_user_are_left_alone():
+    args = arguments()
+    torch.manual_seed(3)
+    want = torch.rand(4)
+    torch.manual_seed(3)
+    captured(region, *args)
+    assert torch.equal(torch.rand(4), want)
+
+
+def test_symbolic_sizes_are_verified_at_the_traced_ones():
+    x, w, a, b = operands((5, 6), (1, 6), (5, 8), (5, 8))
+    function = lambda x, w, a, b: a + S(F.linear(x, w)) * b  # noqa: E731
+    compiled = torch.compile(function, backend="fusionpass", dynamic=True, options={"inner": "eager", "verify": True})
+    torch.testing.assert_close(compiled(x, w, a, b), function(x, w, a, b))
+
+
+def test_a_rewritten_graph_is_given_up_whole(monkeypatch):
+    """`rewrite` leaves the graph it was given as it was, also when verifying fails."""
+    build = replace._call
+    monkeypatch.setattr(replace, "_call", lambda graph, site, options: build(graph, other(site, a=site.b), options))
+
+    def function(a, b, g):
+        return a + S(g) * b
+
+    a, b, gate = operands((4, 8), (4, 8), (4, 1))
+    graph_module = torch.fx.symbolic_trace(function)
+    code = graph_module.code
+    with pytest.raises(fusionpass.VerificationFailed):
+        fusionpass.rewrite(graph_module, [a, b, gate])
+    assert graph_module.code == code
+    torch.testing.assert_close(graph_module(a, b, gate), function(a, b, gate), rtol=0, atol=0)
+
+
+def test_sizes_that_only_a_run_tells_are_said_to_be_unknown():
+    class Counted(torch.nn.Module):
+        def forward(self, a, b, g, rows):
+            a, b, g = (t[rows.nonzero().view(-1)] for t in (a, b, g))
+            return a + S(g) * b
+
+    args = (*operands((4, 8), (4, 8), (4, 1)), torch.tensor([1, 0, 1, 1], device=DEVICE))
+    program = torch.export.export(Counted(), args)
+    assert len(fusionpass.rewrite(program, verify=False).report.rewrites) == 1
+    with pytest.raises(fusionpass.VerificationFailed, match="not known before it runs"):
+        fusionpass.rewrite(program)
