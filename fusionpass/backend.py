@@ -7,7 +7,7 @@ The rewriting happens in the backend function, ahead of the inner compiler, so t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch.fx import GraphModule
 
 from fusionpass import collecting, notice
 from fusionpass.direct import call_directly
-from fusionpass.engine import foreign_type, run
+from fusionpass.engine import Outcome, foreign_type, run
 from fusionpass.inductor import ops_opened
+from fusionpass.inner import Compiled, compile_inner, inductor_settings, tunes
+from fusionpass.observe import as_named_pass, tell
 from fusionpass.options import Options
 from fusionpass.records import GraphBreak
-
-Compiled = Callable[..., Any]
 
 
 def fusionpass(
@@ -35,13 +35,17 @@ def fusionpass(
     Args:
         graph_module: Dynamo's graph, rewritten in place.
         example_inputs: its inputs.
-        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...); torch.compile admits no `options` beside it.
+        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...). torch.compile admits no `options` beside it; there
+            it is the option `mode`.
         options: the options of `fusionpass.fuse`; here `inner` defaults to "inductor".
 
     Raises:
         ValueError: an unknown option, value or mode.
     """
-    return compile_graph(graph_module, example_inputs, Options.from_user(options or {}, default_inner="inductor"), mode)
+    given = dict(options or {})
+    if mode is not None:
+        given["mode"] = mode
+    return compile_graph(graph_module, example_inputs, Options.from_user(given, default_inner="inductor"))
 
 
 @dataclass(frozen=True)
@@ -54,13 +58,14 @@ class Backend:
         return compile_graph(graph_module, example_inputs, self.options)
 
 
-def compile_graph(
-    graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
-) -> Compiled:
-    inner = _inner(options.inner, mode)
+def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
     code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
-    tuned = mode is not None and mode.startswith("max-autotune")
-    outcome = run(graph_module, options, foreign=foreign_type(example_inputs), tuned=tuned)
+    tuned = options.inner == "inductor" and tunes(inductor_settings(options))
+    foreign = foreign_type(example_inputs)
+    outcome = as_named_pass(graph_module, lambda gm: run(gm, options, foreign=foreign, tuned=tuned))
+    if outcome is None:  # torch._inductor.config.disabled_passes, or the bisector
+        outcome = Outcome(len(graph_module.graph.nodes), switched_off=True)
+    tell(outcome)
     code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
     graph_break = _graph_break(graph_module)
     ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
@@ -69,31 +74,12 @@ def compile_graph(
         call_directly(graph_module)
     try:
         with ops_opened(options.inner == "inductor"):
-            compiled = inner(graph_module, example_inputs)
+            compiled = compile_inner(graph_module, example_inputs, options, rewritten=bool(outcome.rewrites))
     except Exception as error:
         if hasattr(error, "add_note"):
             error.add_note(f"raised by the inner compiler of fusionpass, option inner={options.inner!r}")
         raise
     return collecting.counted(compiled, ran)
-
-
-def _inner(inner: str | Compiled, mode: str | None) -> Compiled:
-    if callable(inner):
-        compiler = inner
-    else:
-        from torch._dynamo.backends.registry import lookup_backend
-
-        compiler = lookup_backend(inner)
-    if mode is None or mode == "default":
-        return compiler
-    if inner != "inductor":
-        raise ValueError(f"mode {mode!r} is Inductor's, and option 'inner' is {inner!r}: leave one of the two out")
-    from torch._inductor import list_mode_options
-
-    patches = list_mode_options()
-    if mode not in patches:
-        raise ValueError(f"mode is {mode!r}: allowed are {', '.join(sorted(patches))}")
-    return lambda graph_module, example_inputs: compiler(graph_module, example_inputs, config_patches=patches[mode])
 
 
 def _graph_break(graph_module: GraphModule) -> GraphBreak | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fusionpass.kernels.contract import NUMERICS
+from fusionpass.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Options:
         numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
         profitable_only: leave a site alone where the inner compiler by itself would be faster.
         strict: raise `NothingRewritten` when no site was rewritten.
+        verify: run each rewritten site against the nodes it replaces, on random inputs, while compiling.
+        mode: with `inner="inductor"`, one of torch.compile's modes ("reduce-overhead", "max-autotune", ...).
+        inductor: with `inner="inductor"`, settings of `torch._inductor.config` for this compilation, by name.
     """
 
     inner: str | Callable[..., Any] = "eager"
@@ -27,6 +31,9 @@ class Options:
     numerics: str = "fp32"
     profitable_only: bool = True
     strict: bool = False
+    verify: bool = False
+    mode: str | None = None
+    inductor: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_user(cls, given: Mapping[str, Any], *, default_inner: str | Callable[..., Any] = "eager") -> Options:
@@ -45,10 +52,11 @@ class Options:
         values["rules"] = _checked_rules(values.get("rules"))
         if values.get("numerics", "fp32") not in NUMERICS:
             raise ValueError(f"option 'numerics' is {values['numerics']!r}: allowed are 'fp32' and 'eager'")
-        for name in ("profitable_only", "strict"):
+        for name in ("profitable_only", "strict", "verify"):
             if not isinstance(values.get(name, False), bool):
                 raise TypeError(f"option {name!r} is {values[name]!r}: it takes True or False")
-        return cls(**values)
+        check_settings(values["inner"], values.get("mode"), values.get("inductor", {}))
+        return cls(**{**values, "inductor": dict(values.get("inductor", {}))})
 
     def allows(self, name: str) -> bool:
         return self.rules is None or name in self.rules
@@ -61,9 +69,9 @@ def _check_inner(inner: Any) -> None:
         raise TypeError(f"option 'inner' is {inner!r}: it takes a backend's name or a callable")
     if inner == "fusionpass":
         raise ValueError("option 'inner' is 'fusionpass' itself: name the compiler that takes the rewritten graph")
-    import torch._dynamo
+    from fusionpass.private import list_backends
 
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = list_backends(exclude_tags=())
     if inner not in known:
         raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(sorted(known))}, or a callable")
 
@@ -71,7 +79,8 @@ def _check_inner(inner: Any) -> None:
 def _checked_rules(rules: Any) -> tuple[str, ...] | None:
     if rules is None:
         return None
-    if isinstance(rules, str) or not all(isinstance(name, str) for name in rules):
+    listed = isinstance(rules, Collection) and not isinstance(rules, str | Mapping)
+    if not listed or not all(isinstance(name, str) for name in rules):
         raise TypeError(f"option 'rules' is {rules!r}: it takes a list of names, such as ['gated_add']")
     from fusionpass.catalog import RULES
 

@@ -41,6 +41,8 @@ WAYS = {
     "mode default": {"mode": "default"},
     "mode max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
     "mode reduce-overhead": {"mode": "reduce-overhead"},
+    "a mode beside options": {"options": {"mode": "reduce-overhead", "strict": True}},
+    "settings of Inductor's": {"options": {"inductor": {"max_autotune_gemm": False, "triton.cudagraphs": False}}},
     "dynamic": {"dynamic": True, "options": {"inner": "eager"}},
     "fullgraph": {"fullgraph": True, "options": {"inner": "eager"}},
 }
@@ -85,12 +87,26 @@ def test_bad_options_name_themselves(way, message):
     block(x)
 
 
-def test_mode_needs_inductor():
-    from fusionpass.backend import compile_graph
-    from fusionpass.options import Options
+# An option of Inductor's, and what it is refused with.
+NOT_INDUCTORS = {
+    "mode beside another inner": ({"inner": "eager", "mode": "reduce-overhead"}, ValueError, "Inductor's, .*'eager'"),
+    "settings beside another inner": (
+        {"inductor": {"max_autotune": True}},
+        ValueError,
+        "'max_autotune': True.*Inductor's",
+    ),
+    "unknown mode": ({"inner": "inductor", "mode": "fast"}, ValueError, "mode is 'fast': allowed are"),
+    "mode of another type": ({"inner": "inductor", "mode": 3}, TypeError, "option 'mode' is 3"),
+    "unknown setting": ({"inner": "inductor", "inductor": {"max_autotun": 1}}, ValueError, "near it are max_autotune"),
+    "settings of another type": ({"inner": "inductor", "inductor": ["max_autotune"]}, TypeError, "it takes a dict"),
+}
 
-    with pytest.raises(ValueError, match="Inductor's"):
-        compile_graph(torch.fx.symbolic_trace(Block()), [], Options(inner="eager"), mode="reduce-overhead")
+
+@pytest.mark.parametrize(("options", "error", "message"), NOT_INDUCTORS.values(), ids=NOT_INDUCTORS)
+def test_settings_of_inductor_are_checked(options, error, message):
+    with pytest.raises(error, match=message):
+        fusionpass.fuse(Block(), **options)
+    torch.testing.assert_close(Block()(torch.ones(1, 8)).shape, torch.Size((1, 8)))
 
 
 def test_an_inner_compiler_that_fails_is_named():
