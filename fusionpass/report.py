@@ -39,6 +39,7 @@ class Report:
     misses: list[Miss] = field(default_factory=list)
     graphs: list[GraphRecord] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
+    _switched_off: bool = field(default=False, repr=False)
 
     @property
     def executed(self) -> int:
@@ -56,6 +57,7 @@ class Report:
         graph = GraphRecord(index, *counts, 0, compiled, before, after)
         rewrites = [replace(rewrite, graph=index) for rewrite in outcome.rewrites]
         misses = [replace(miss, graph=index) for miss in outcome.misses]
+        self._switched_off |= outcome.switched_off
         self.graphs.append(graph)
         self.rewrites += rewrites
         self.misses += misses
@@ -73,6 +75,10 @@ class Report:
         """Why nothing was rewritten, in one sentence: no candidate at all, or the commonest reasons."""
         if not self.graphs:
             return "0 rewritten: no graph was compiled, so the call ran no tensor operation that Dynamo sees"
+        if self._switched_off:
+            return (
+                "0 rewritten: torch._inductor.config.disabled_passes or the compiler bisector switched fusionpass off"
+            )
         where = f"in {count(len(self.graphs), 'graph')}"
         if not self.misses:
             return f"0 rewritten {where}: no sigmoid feeds a product that feeds an add"

@@ -1,0 +1,96 @@
+"""The pass in other people's pipelines: as a `PassBase` of torch.fx, and as a custom pass inside Inductor.
+
+    PassManager(passes=[..., Pass(numerics="eager"), ...])
+    torch.compile(model, options={"post_grad_custom_pre_pass": InductorPass(after=their_pass)})
+
+Prefer `backend="fusionpass"` where there is a choice. It sees the model as it is written, runs on a warm cache too, so that
+its report is complete, and has Inductor launch the kernels itself. `InductorPass` is for a stack that owns the call of
+torch.compile and its backend: it sees one aten graph per forward and none where a cache is hit, and what it rewrites stays a
+call through the dispatcher, which costs CPU time unless CUDA graphs replay it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from fusionpass import collecting
+from fusionpass._version import __version__
+from fusionpass.engine import run
+from fusionpass.options import Options
+from fusionpass.private import CustomGraphPass
+from fusionpass.report import Report
+from fusionpass.rewrite import rewrite
+
+
+class Pass(PassBase):
+    """`fusionpass.rewrite` as a pass of `torch.fx`.
+
+    Args:
+        options: as for `fusionpass.fuse`; `inner` has no meaning here but for `profitable_only`.
+
+    Calling it returns a `PassResult`: the new graph, with the given one untouched, and whether anything was rewritten.
+    `report` is that of the last call. The graph must carry shapes; `symbolic_trace` leaves none, so run
+    `torch.fx.passes.shape_prop` or `FakeTensorProp` first.
+
+    Raises:
+        ValueError: an unknown option or value; on a call, a graph without shapes.
+    """
+
+    def __init__(self, **options: Any):
+        Options.from_user(options)
+        self._options = options
+        self.report: Report | None = None
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        graph_module, self.report = rewrite(graph_module, **self._options)
+        return PassResult(graph_module, bool(self.report.rewrites))
+
+
+class InductorPass(CustomGraphPass):
+    """A custom pass for Inductor's `post_grad_custom_pre_pass`.
+
+    Args:
+        after: a pass that has the slot already, which runs first; Inductor keeps only what was assigned last.
+        options: as for `fusionpass.fuse`, but for `inner`.
+
+    Raises:
+        ValueError: an unknown option or value.
+    """
+
+    def __init__(self, *, after: Callable[[Graph], None] | None = None, **options: Any):
+        self._options = Options.from_user({**options, "inner": "inductor"})
+        self._after = after
+
+    def __call__(self, graph: Graph) -> None:
+        if self._after is not None:
+            self._after(graph)
+        with torch.no_grad():  # autograd is done with the graph: forward and backward are two
+            outcome = run(graph.owning_module, self._options)
+        collecting.record(outcome, compiled=False)
+
+    def uuid(self) -> Any | None:
+        """What Inductor's caches know the pass by: the package's sources, the options, the pass before. None, which keeps
+        the caches from being used, where that pass has no identity."""
+        before = None
+        if self._after is not None:
+            before = self._after.uuid() if isinstance(self._after, CustomGraphPass) else None
+            if before is None:
+                return None
+        return f"{_sources()} {self._options!r} {before!r}"
+
+
+@cache
+def _sources() -> str:
+    digest = hashlib.sha256(__version__.encode())
+    package = Path(__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
