@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 _HOOKS = (
     "_forward_hooks",
@@ -20,7 +20,7 @@ def editable(graph_module: GraphModule, memo: dict[int, GraphModule] | None = No
     memo = {} if memo is None else memo
     if id(graph_module) in memo:
         return memo[id(graph_module)]
-    new = GraphModule(graph_module, copy.deepcopy(graph_module.graph), type(graph_module).__name__)
+    new = GraphModule(graph_module, _copied(graph_module.graph), type(graph_module).__name__)
     memo[id(graph_module)] = new
     new.meta = dict(getattr(graph_module, "meta", {}))
     new.training = graph_module.training  # not .train(), which would reach the shared submodules
@@ -29,6 +29,15 @@ def editable(graph_module: GraphModule, memo: dict[int, GraphModule] | None = No
     for path, child in child_graphs(new).items():
         parent, _, leaf = path.rpartition(".")
         setattr(new.get_submodule(parent), leaf, editable(child, memo))
+    return new
+
+
+def _copied(graph: Graph) -> Graph:
+    """The graph with every node's name: copying renames those that are called as a builtin is, such as `input`, by which
+    name an exported program's signature knows it."""
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        new_node.name = old_node.name
     return new
 
 

@@ -12,6 +12,7 @@ import torch
 from fusionpass.backend import Backend
 from fusionpass.notice import Owned
 from fusionpass.options import Options
+from fusionpass.private import _len_torch_dispatch_stack
 
 Target = TypeVar("Target")
 
@@ -68,12 +69,20 @@ def _fused_function(function: Callable[..., Any], options: Options) -> Callable[
 
     @functools.wraps(function)
     def fused(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # inside somebody's torch.compile: theirs is the graph
+        if _traced():  # inside somebody's torch.compile or export: theirs is the graph
             return function(*args, **kwargs)
         return owned(*args, **kwargs)
 
     fused.__fusionpass_original__ = function
     return fused
+
+
+def _traced() -> bool:
+    """Whether a call is being recorded here. `torch.compiler.is_compiling` alone is of the process: while any other thread
+    compiled, calls in this one would run unfused."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and _len_torch_dispatch_stack() > 0
 
 
 class FusedForward:
@@ -98,7 +107,7 @@ class FusedForward:
         return functools.partial(getattr(forward, "__fusionpass_original__", forward), self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if _traced():
             return self._original()(*args, **kwargs)
         if self._owned is None:
             self._owned = self._compile()
@@ -118,6 +127,12 @@ class FusedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self._original())
+
+    @property
+    def __code__(self) -> Any:
+        """torch.export looks into it for attributes that a forward assigns."""
+        original = self._original()
+        return getattr(original, "func", original).__code__
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:

@@ -6,27 +6,28 @@ kernel takes 15: in a decode step without CUDA graphs that is more than the laun
     moe_combine, gate_projected_add   are allocations and one kernel launch, which Inductor makes as it makes its own
     gated_add                         is a + sigmoid(gate) * b, which Inductor's kernel ties with and its neighbours can join
 
-and on a CPU, where the ops are ATen expressions anyway, all are. Elsewhere (eager, aot_eager, export) an op stays one node:
-functionalization would clone the results of the launch.
+and on a CPU, where the ops are ATen expressions anyway, all are. AOTInductor gets the expressions too, so that its packages
+call no Python. Elsewhere (eager, aot_eager, export) an op stays one node: functionalization would clone the results of the
+launch.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._library.triton
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fusionpass import library
 from fusionpass.implementations import check_combine, combine_arguments, interpreted, kernels
 from fusionpass.kernels import aten, aten_combine, contract
+from fusionpass.private import FunctionalTensorMode, triton_ops_to_kernels
 from fusionpass.tensors import known_contiguous
 
 
@@ -55,16 +56,25 @@ def ops_opened(wanted: bool) -> Iterator[None]:
 def _tell_the_cache() -> None:
     """AOTAutograd's cache keys a graph on the sources of the Triton kernels that its ops are known to launch: a changed
     kernel is then a miss. It asks this table, which `triton_op` fills for its own ops (torch 2.11 to 2.14)."""
-    table = getattr(torch._library.triton, "triton_ops_to_kernels", None)
-    if table is not None:
-        for op in (library.moe_combine, library.gate_projected_add):
-            table.setdefault(op._name, [kernels().moe_combine.moe_combine_kernel])
+    for op in (library.moe_combine, library.gate_projected_add):
+        triton_ops_to_kernels.setdefault(op._name, [kernels().moe_combine.moe_combine_kernel])
+
+
+def _ahead_of_time() -> bool:
+    """Whether AOTInductor is tracing, which no backend of ours leads to: an op left whole would be called in Python."""
+    virtualized = sys.modules.get("torch._inductor.virtualized")
+    return virtualized is not None and virtualized.V.aot_compilation is True
 
 
 def _opened(mode: Any, op: Any, types: Sequence[type], args: Sequence = (), kwargs: dict | None = None) -> Any:
     """What functionalization makes of an op."""
     options = kwargs or {}
-    if not _state.tracing or interpreted():
+    if _ahead_of_time() and op is not library.gated_add and args[0].is_cuda:
+        raise RuntimeError(
+            f"AOTInductor cannot package {op} for a GPU: on torch 2.11 such a package crashed when it was called. "
+            "Rewrite the program with rules=['gated_add'], which needs no kernel of its own, or package it unrewritten"
+        )
+    if not (_state.tracing or _ahead_of_time()) or interpreted():
         return mode.__torch_dispatch__(op, types, args, options)
     with mode:
         result = _INSIDE[op](*args, **options)

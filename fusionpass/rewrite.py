@@ -46,6 +46,9 @@ def rewrite(
         NothingRewritten: under `strict`, when no site was rewritten.
     """
     chosen = Options.from_user(options)
+    if example_inputs is not None and (isinstance(example_inputs, str) or not isinstance(example_inputs, Sequence)):
+        kind = type(example_inputs).__name__
+        raise TypeError(f"example_inputs is a {kind}: it takes a list or tuple with one value per input of the graph")
     if isinstance(graph, ExportedProgram):
         result, outcome = _rewrite_exported(graph, chosen)
     elif isinstance(graph, GraphModule):
@@ -84,8 +87,9 @@ def _ensure_shapes(graph_module: GraphModule, example_inputs: Sequence[Any] | No
 
 
 def _propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    from fusionpass.private import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:

@@ -59,6 +59,24 @@ def test_exported_program_whose_output_is_the_site():
     torch.testing.assert_close(torch.export.load(file).module()(x), block(x))
 
 
+def test_exported_program_whose_inputs_have_builtins_names():
+    """As `forward(self, input)` of many modules; the copy of a graph would call it `input_1`."""
+
+    class Named(torch.nn.Module):
+        def forward(self, input, sum):
+            return input + S(sum) * input.cos()
+
+    args = tuple(operands((4, 8), (4, 1)))
+    program = torch.export.export(Named(), args)
+    after, report = fusionpass.rewrite(program)
+    assert len(report.rewrites) == 1
+    file = io.BytesIO()
+    torch.export.save(after, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.export.load(file).module()(*args), Named()(*args))
+    torch.testing.assert_close(after.module()(*args), Named()(*args))
+
+
 def test_exported_in_place_sum():
     """Export keeps `+=` as aten.add_; its target is a temporary of the graph, so a fresh sum is the same."""
 
@@ -94,6 +112,39 @@ BAD = {
         ValueError,
         "unknown option 'fast'",
     ),
+    "inputs as one tensor": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), torch.randn(1, 8)),
+        TypeError,
+        "example_inputs is a Tensor: it takes a list or tuple",
+    ),
+    "inputs by name": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), {"x": torch.randn(1, 8)}),
+        TypeError,
+        "example_inputs is a dict",
+    ),
+    "a number for inputs": (lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), 1), TypeError, "is a int"),
+    "no tensor among inputs": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()), ["x"]),
+        ValueError,
+        "do not fit the graph",
+    ),
+    "a graph by itself": (
+        lambda: fusionpass.rewrite(torch.fx.symbolic_trace(Block()).graph),
+        TypeError,
+        "given a Graph: it takes",
+    ),
+    "rules as a number": (lambda: fusionpass.fuse(Block(), rules=5), TypeError, "option 'rules' is 5: it takes a list"),
+    "rules as a dict": (lambda: fusionpass.fuse(Block(), rules={"gated_add": True}), TypeError, "option 'rules' is {"),
+    "rules without the core": (lambda: fusionpass.fuse(Block(), rules=[]), ValueError, "without 'gated_add'"),
+    "an unknown rule": (
+        lambda: fusionpass.fuse(Block(), rules=["gated_ad"]),
+        ValueError,
+        "names 'gated_ad': allowed are",
+    ),
+    "no inner compiler": (lambda: fusionpass.fuse(Block(), inner=None), TypeError, "option 'inner' is None"),
+    "a flag that is none": (lambda: fusionpass.fuse(Block(), verify="yes"), TypeError, "option 'verify' is 'yes'"),
+    "unknown numerics": (lambda: fusionpass.fuse(Block(), numerics="fp8"), ValueError, "'fp8': allowed are 'fp32' and"),
+    "nothing to explain": (lambda: fusionpass.explain(None), TypeError, "explain was given None"),
 }
 
 
@@ -151,3 +202,12 @@ def test_symbolic_sizes_are_named_not_guessed():
     (site,) = captured(block, x).rewrites
     assert isinstance(site.shape[0], str) and site.shape[1] == 8
     assert isinstance(site.bytes_before, int)
+
+
+def test_bad_input_leaves_the_graph_as_it_was():
+    given = torch.fx.symbolic_trace(Block())
+    code, nodes = given.code, list(given.graph.nodes)
+    for arguments, options in (((), {}), (([torch.randn(4, 9)],), {}), (([torch.randn(4, 8)],), {"rules": ["none"]})):
+        with pytest.raises(ValueError):
+            fusionpass.rewrite(given, *arguments, **options)
+    assert given.code == code and list(given.graph.nodes) == nodes

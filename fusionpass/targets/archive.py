@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ def from_archive(path: str) -> Target:
     """The exported program in the archive at `path`."""
     if not Path(path).is_file():
         raise TargetError(f"there is no archive {path!r}: write one with torch.export.save(program, {path!r})")
+    if zipfile.is_zipfile(path) and any("/aotinductor/" in name for name in zipfile.ZipFile(path).namelist()):
+        raise TargetError(
+            f"{path!r} is a package of AOTInductor, compiled code without a graph: give the archive of torch.export.save"
+        )
     try:
         program = torch.export.load(path)
     except Exception as error:  # a broken zip, a missing member, bad JSON: torch raises a type of its own for each
