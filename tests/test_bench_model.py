@@ -5,9 +5,10 @@ import json
 import models
 import pytest
 import torch
-from programs import DEVICE
+from programs import DEVICE, abg
 
-from fusionpass.bench import steps
+from fusionpass.bench import compiling, steps
+from fusionpass.bench.compiling import CompileRun, CompileTime
 from fusionpass.bench.steps import Cell, ModelRun, Side
 from fusionpass.cli import main
 
@@ -41,7 +42,7 @@ def test_decoding_rewinds(on_this_machine):
     """Steps past the cache's end would write out of it: each sample starts at the first token again."""
     model, _ = models.build("qwen2_moe", dtype=torch.bfloat16)
     with torch.no_grad():
-        call, rewind = steps._decode(model, 2)
+        call, rewind = steps.decode(model, 2)
         for _ in range(3):
             rewind()
             for _ in range(steps.STEPS + 1):
@@ -77,7 +78,34 @@ def test_json_has_every_number():
     assert cell["fused"]["share"] == 0.125
 
 
+def test_compile_times(monkeypatch):
+    """Every mode but eager, with and without; the pass is timed, and is part of the whole."""
+
+    class Block(torch.nn.Module):
+        def forward(self, a, b, g):
+            return a + torch.sigmoid(g) * b
+
+    args, said = abg(), []
+    monkeypatch.setattr(compiling, "decode", lambda model, batch: (lambda forward: forward(*args), lambda: None))
+    (time,) = compiling.compile_times(Block(), batch=2, modes=("eager", "default"), stage=said.append)
+    assert time.mode == "default"
+    assert 0 < time.pass_s < time.fused_s and time.plain_s > 0
+    assert said[-2:] == ["compiling default", "compiling default with fusionpass"]
+
+
+@pytest.mark.parametrize("style", ["table", "markdown"])
+def test_compile_run(style):
+    measured = CompileRun("qwen3_next", 12, "H100", "2.11.0", [CompileTime("default", 20.0, 22.0, 0.11)])
+    text = measured.text(style)
+    assert all(part in text for part in ("qwen3_next, 12 layers, H100", "20.00", "22.00", "1.100", "0.110", "0.50%"))
+    assert json.loads(json.dumps(measured.to_dict()))["times"][0]["pass_s"] == 0.11
+
+
 REFUSED = {
+    "compile time of many sizes": (["qwen2_moe", "--compile-time", "--batch", "1,2"], "--batch 1,2: --compile-time"),
+    "compile time of a prefill": (["qwen2_moe", "--compile-time", "--prefill", "8"], "--prefill has no effect with"),
+    "compile time of eager": (["qwen2_moe", "--compile-time", "--mode", "eager"], "--mode eager compiles nothing"),
+    "compile time without a target": (["--compile-time"], "--compile-time has no effect without a TARGET"),
     "op with a target": (["qwen2_moe", "--op", "gated_add"], "--op has no effect with a TARGET"),
     "tokens with a target": (["qwen2_moe", "--tokens", "1"], "--tokens has no effect with a TARGET"),
     "check with a target": (["qwen2_moe", "--check", "x.json"], "--check has no effect with a TARGET"),

@@ -20,6 +20,7 @@ import fusionpass
 from fusionpass import backend
 from fusionpass.bench import MODES
 from fusionpass.bench.timing import interleaved
+from fusionpass.private import reset
 
 STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
 WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
@@ -113,9 +114,9 @@ def measure(
     """Every mode at every batch of a decode step and every prefill length of one sequence."""
     cells = []
     for batch, tokens in [(batch, 0) for batch in batches] + [(1, tokens) for tokens in prefills]:
-        torch._dynamo.reset()  # or the next shape is compiled as a dynamic one
+        reset()  # or the next shape is compiled as a dynamic one
         cells += _cells(model, batch, tokens, rounds, modes, stage)
-    torch._dynamo.reset()
+    reset()
     return cells
 
 
@@ -123,12 +124,12 @@ def _cells(
     model, batch: int, tokens: int, rounds: int, modes: Sequence[str], stage: Callable[[str], None]
 ) -> list[Cell]:
     what = f"prefill of {tokens}" if tokens else f"decode, batch {batch}"
-    call, rewind = _prefill(model, tokens) if tokens else _decode(model, batch)
+    call, rewind = _prefill(model, tokens) if tokens else decode(model, batch)
     forwards, rewrites = {}, {}
     for mode in modes:
         for fused in (False, True):
             stage(f"{what}: compiling {mode}{' with fusionpass' if fused else ''}")
-            forwards[mode, fused] = _forward(model, mode, fused)
+            forwards[mode, fused] = forward_of(model, mode, fused)
             rewind()
             with fusionpass.collect() as report:
                 for _ in range(WARM_UP):
@@ -162,7 +163,7 @@ def synchronize() -> None:
     torch.cuda.synchronize()
 
 
-def _forward(model: torch.nn.Module, mode: str, fused: bool) -> Callable[..., Any]:
+def forward_of(model: torch.nn.Module, mode: str, fused: bool) -> Callable[..., Any]:
     if not fused:
         return model if mode == "eager" else torch.compile(model, mode=mode, dynamic=False)
     if mode == "eager":
@@ -170,7 +171,7 @@ def _forward(model: torch.nn.Module, mode: str, fused: bool) -> Callable[..., An
     return torch.compile(model, backend=backend.fusionpass, mode=mode, dynamic=False)
 
 
-def _decode(model: torch.nn.Module, batch: int) -> tuple[Callable, Callable[[], None]]:
+def decode(model: torch.nn.Module, batch: int) -> tuple[Callable, Callable[[], None]]:
     """A step of one token per sequence, and what empties the cache again."""
     from transformers import StaticCache
 

@@ -22,6 +22,7 @@ against float64 before it is timed. The whole default grid compiles about 200 fu
 EPILOG = """\
 examples:
   fusionpass bench qwen2_moe --layers 4 --batch 1,32
+  fusionpass bench qwen3_next --layers 12 --compile-time --mode default
   fusionpass bench --op gated_add,gate_projected_add --tokens 1,32,256 --hidden 4096
   fusionpass bench --json run.json --plot run.png --format markdown
   fusionpass bench --check run.json --tolerance 5%
@@ -53,6 +54,11 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         type=_modes,
         metavar="NAME,NAME",
         help=f"of {', '.join(MODES)}; default: all of them, two compilations each but for eager's",
+    )
+    model.add_argument(
+        "--compile-time",
+        action="store_true",
+        help="seconds that torch.compile takes, without fusionpass and with it, instead of ms per step",
     )
     what = bench.add_argument_group("what is measured")
     what.add_argument(

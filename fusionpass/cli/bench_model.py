@@ -25,7 +25,13 @@ OF_OPS = {
     "check": "--check",
     "tolerance": "--tolerance",
 }
-OF_MODELS = {"layers": "--layers", "batch": "--batch", "prefill": "--prefill", "mode": "--mode"}
+OF_MODELS = {
+    "layers": "--layers",
+    "batch": "--batch",
+    "prefill": "--prefill",
+    "mode": "--mode",
+    "compile_time": "--compile-time",
+}
 
 
 def refuse(arguments: argparse.Namespace) -> None:
@@ -38,6 +44,14 @@ def refuse(arguments: argparse.Namespace) -> None:
     for attribute, option in other.items():
         if getattr(arguments, attribute) not in (None, False):
             raise ValueError(f"{option} has no effect {why}: leave it out")
+    if arguments.compile_time:
+        for attribute, option in (("prefill", "--prefill"), ("rounds", "--rounds")):
+            if getattr(arguments, attribute) is not None:
+                raise ValueError(f"{option} has no effect with --compile-time: leave it out")
+        if arguments.batch is not None and len(arguments.batch) > 1:
+            raise ValueError(f"--batch {','.join(map(str, arguments.batch))}: --compile-time takes one size")
+        if arguments.mode == ["eager"]:
+            raise ValueError("--mode eager compiles nothing without fusionpass: name default or reduce-overhead")
 
 
 def bench_model_command(arguments: argparse.Namespace) -> int:
@@ -46,12 +60,10 @@ def bench_model_command(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: bad input or no CUDA GPU, told in one sentence.
     """
-    import torch
-
     if arguments.json is not None:
         ensure_writable(arguments.json, "--json")
     ensure_gpu(f"bench {arguments.target!r} measures a model's steps")
-    from fusionpass.bench.steps import ModelRun, measure, randomise
+    from fusionpass.bench.steps import randomise
     from fusionpass.targets import resolve
 
     with Progress() as progress, quiet():
@@ -62,19 +74,39 @@ def bench_model_command(arguments: argparse.Namespace) -> int:
                 f"bench {arguments.target!r} decodes tokens: name a Hugging Face model type, folder or hub id"
             )
         randomise(target.model)
-        batches = arguments.batch or (() if arguments.prefill else DEFAULT_BATCHES)
-        rounds = arguments.rounds or DEFAULT_ROUNDS
-        cells = measure(
-            target.model,
-            batches=batches,
-            prefills=arguments.prefill or (),
-            rounds=rounds,
-            modes=arguments.mode or MODES,
-            stage=progress.stage,
-        )
+        measure = _compile_times if arguments.compile_time else _steps
+        text, data = measure(target.model, arguments, progress)
+    print_out(text)
+    if arguments.json is not None:
+        write(arguments.json, json.dumps(data, indent=2) + "\n", "--json")
+    return 0
+
+
+def _steps(model, arguments: argparse.Namespace, progress: Progress) -> tuple[str, dict]:
+    import torch
+
+    from fusionpass.bench.steps import ModelRun, measure
+
+    rounds = arguments.rounds or DEFAULT_ROUNDS
+    cells = measure(
+        model,
+        batches=arguments.batch or (() if arguments.prefill else DEFAULT_BATCHES),
+        prefills=arguments.prefill or (),
+        rounds=rounds,
+        modes=arguments.mode or MODES,
+        stage=progress.stage,
+    )
     name = torch.cuda.get_device_name()
     run = ModelRun(arguments.target, arguments.layers, name, torch.__version__, rounds, cells)
-    print_out(run.text(arguments.format))
-    if arguments.json is not None:
-        write(arguments.json, json.dumps(run.to_dict(), indent=2) + "\n", "--json")
-    return 0
+    return run.text(arguments.format), run.to_dict()
+
+
+def _compile_times(model, arguments: argparse.Namespace, progress: Progress) -> tuple[str, dict]:
+    import torch
+
+    from fusionpass.bench.compiling import CompileRun, compile_times
+
+    (batch,) = arguments.batch or (1,)
+    times = compile_times(model, batch=batch, modes=arguments.mode or MODES, stage=progress.stage)
+    run = CompileRun(arguments.target, arguments.layers, torch.cuda.get_device_name(), torch.__version__, times)
+    return run.text(arguments.format), run.to_dict()
