@@ -111,8 +111,12 @@ def as_written(family: str, dtype: torch.dtype, y, b, **given) -> tuple[torch.Te
     inverse = given.pop("inverse", None)
     assert permuted == (inverse is not None)  # grouped_mm weighs the experts' outputs where they lie
     if dtype is torch.float64:
-        y, b, given = y.double(), b.double(), {name: tensor.double() for name, tensor in given.items()}
+        y, b = y.double(), b.double()
+        given = {name: t if t.dtype is torch.bool else t.double() for name, t in given.items()}
     wide = torch.promote_types(dtype, torch.float32)
+    masked = given.pop("masked", None)
+    if masked is not None:  # transformers up to 5.17 hide the rows of experts that live elsewhere
+        y = y.masked_fill(masked.reshape(-1, 1), 0)
     weighted = y.reshape(-1, y.shape[-1]) * given.pop("topk_weights").reshape(-1, 1)
     if inverse is not None:
         weighted = weighted[inverse]
