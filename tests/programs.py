@@ -31,6 +31,17 @@ ALONE = {"finalize": "not-a-finalize", "residual": "not-a-residual", "rms_norm":
 SCATTER = 2.0
 
 
+class Block(torch.nn.Module):
+    """The formula with its gate's projection, on rows of 8."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 1)
+
+    def forward(self, x):
+        return x + torch.sigmoid(self.gate(x)) * x.tanh()
+
+
 def operands(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch.Tensor]:
     """Random tensors, one per shape."""
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import DEVICE, operands, unfused
+from programs import DEVICE, Block, operands, unfused
 from torch._dynamo.utils import counters
 
 import fusionpass
@@ -173,14 +173,6 @@ def test_threads_compile_at_once(monkeypatch):
 
 def test_a_model_is_as_it_was_after_a_compiler_failed():
     """Nothing is half rewritten: the model runs on, alone and under the pass with another compiler."""
-
-    class Block(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = torch.nn.Linear(8, 1)
-
-        def forward(self, x):
-            return x + S(self.gate(x)) * x.tanh()
 
     def broken(graph_module, example_inputs):
         raise RuntimeError("no such instruction")

@@ -4,21 +4,12 @@ import io
 
 import pytest
 import torch
-from programs import DEVICE, abg, captured, operands
+from programs import DEVICE, Block, abg, captured, operands
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
 
 S = torch.sigmoid
-
-
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate = torch.nn.Linear(8, 1)
-
-    def forward(self, x):
-        return x + S(self.gate(x)) * x.tanh()
 
 
 def test_the_graph_given_stays_as_it_is():
@@ -191,7 +182,7 @@ def test_source_and_module_of_a_record():
     block, (x,) = Block().to(DEVICE), operands((4, 8))
     (site,) = captured(torch.nn.Sequential(torch.nn.Identity(), block), x).rewrites
     line = Block.forward.__code__.co_firstlineno + 1
-    assert site.source == f"test_rewrite.py:{line}"
+    assert site.source == f"programs.py:{line}"
     assert site.module == "1"
     assert (site.shape, site.dtype, site.graph, site.calls) == ([4, 8], "float32", 0, 1)
 
