@@ -26,7 +26,8 @@ def fuse(target: Any = None, /, *, inner: str | Callable[..., Any] = "eager", **
             instance). Left out, `fuse(...)` returns the decorator.
         inner: what compiles the rewritten graph: "eager" runs it as it is; "aot_eager", "cudagraphs", "inductor", any
             registered backend's name, or a callable.
-        options: `rules`, `numerics`, `profitable_only`, `strict`; see `fusionpass.options.Options`.
+        options: `rules`, `numerics`, `profitable_only`, `strict`, `verify`, `mode`, `inductor`; see
+            `fusionpass.options.Options`.
 
     A fused module keeps its class, its parameters' names, and stays fused through deepcopy and pickle. `del
     module.forward` takes the fusion off an instance again.
@@ -35,6 +36,7 @@ def fuse(target: Any = None, /, *, inner: str | Callable[..., Any] = "eager", **
         TypeError: `target` is nothing that can be called.
         ValueError: an unknown option or value.
         NothingRewritten: on a call, under `strict`, when no site was rewritten.
+        VerificationFailed: on a call, under `verify`, when a site computed anything else than its nodes.
 
     Example:
         >>> @fusionpass.fuse
