@@ -84,3 +84,30 @@ def test_stages_ask_the_same(change, code):
         _, report = fusionpass.rewrite(graph_module)
     assert [site.stages for site in report.rewrites] == [["gated_add"]]
     assert stops(report.rewrites[0])["residual"] == code
+
+
+# what is recorded of the projection's operands -> why it stays outside
+PROJECTIONS = {
+    "nothing of x": ({"x": None}, "no-metadata"),
+    "a weight of two rows": ({"w": shaped(2, 6)}, "gate-columns"),
+    "an x on another device": ({"x": shaped(4, 6, device="meta")}, "device"),
+    "a weight of another dtype": ({"w": shaped(1, 6, dtype=torch.float16)}, "dtype"),
+    "a weight of a subclass": ({"w": lambda: torch.empty(1, 6).as_subclass(Sub)}, "subclass"),
+}
+
+
+@pytest.mark.parametrize(("changes", "code"), PROJECTIONS.values(), ids=PROJECTIONS)
+def test_the_projection_asks_the_same(changes, code):
+    graph_module = torch.fx.symbolic_trace(lambda x, w, a, b: formula(a, b, torch.nn.functional.linear(x, w)))
+    with FakeTensorMode() as mode, torch.no_grad():
+        FakeTensorProp(graph_module, mode).propagate(*map(torch.empty, ((4, 6), (1, 6), (4, 8), (4, 8))))
+    for node in graph_module.graph.nodes:
+        change = changes.get(node.name, node)
+        if change is None:
+            node.meta.pop("val")
+        elif change is not node:
+            node.meta["val"] = change()
+    with torch.no_grad():
+        _, report = fusionpass.rewrite(graph_module, verify=False)
+    assert [site.stages for site in report.rewrites] == [["gated_add"]]
+    assert stops(report.rewrites[0])["gate_projection"] == code
