@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 import hypothesis
 import pytest
 
-PROGRAMS = 120
+PROGRAMS = 80
 
 
 def pytest_addoption(parser):

@@ -207,7 +207,7 @@ def assert_same(got: list[torch.Tensor], want: list[torch.Tensor], source: str) 
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, equal_nan=True)
 
 
-INNER = ("eager", "aot_eager")
+INNER = ("eager", "aot_eager")  # whole programs are compared, so no site is verified by itself
 
 
 def without(program, inner: str):
@@ -226,7 +226,7 @@ def test_with_writes(source, inner):
         if want is None:
             return
         torch._dynamo.reset()
-        got = run(fusionpass.fuse(program, inner=inner), fused_args)
+        got = run(fusionpass.fuse(program, inner=inner, verify=False), fused_args)
         fused_stream = drawn()
         if got is None:  # Dynamo refuses what eager lets pass, such as t.copy_(t) of an expanded t: by itself, too
             assert run(torch.compile(program, backend=inner), inputs()) is None
@@ -251,7 +251,7 @@ def test_make_fx(source):
         want, stream = run(graph_module, plain_args), drawn()
         if want is None:
             return
-        got, fused_stream = run(fusionpass.rewrite(graph_module).graph_module, fused_args), drawn()
+        got, fused_stream = run(fusionpass.rewrite(graph_module, verify=False).graph_module, fused_args), drawn()
     assert_same(got, want, source)
     assert_same(fused_args, plain_args, source)
     assert aliasing(got + fused_args) == aliasing(want + plain_args)
@@ -272,7 +272,7 @@ def test_gradients(source, inner):
     if want is None:
         return
     torch._dynamo.reset()
-    got = run(fusionpass.fuse(program, inner=inner), fused_args)
+    got = run(fusionpass.fuse(program, inner=inner, verify=False), fused_args)
     if got is None:
         assert run(torch.compile(program, backend=inner), inputs(True)) is None
         return
