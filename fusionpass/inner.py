@@ -13,10 +13,11 @@ from fusionpass.settings import of_mode
 from fusionpass.writes import call_name
 
 Compiled = Callable[..., Any]
+_OF_SEQUENCES = frozenset(("conv1d", "conv_transpose1d"))  # the convolutions that are not of images
 
 
 def compiler_of(options: Options) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
-    """What compiles a graph of which nothing is known."""
+    """What the option `inner` names: the callable itself, or the backend registered under the name."""
     if callable(options.inner):
         return options.inner
     from fusionpass.private import lookup_backend
@@ -65,9 +66,6 @@ def _layout_kept(graph_module: GraphModule) -> dict[str, bool]:
     """
     kinds = {name for name in map(call_name, _calls(graph_module)) if "conv" in name}
     return {"layout_optimization": False} if kinds and kinds <= _OF_SEQUENCES else {}
-
-
-_OF_SEQUENCES = frozenset(("conv1d", "conv_transpose1d"))
 
 
 def _calls(graph_module: GraphModule) -> Iterator[Node]:

@@ -1,5 +1,7 @@
 """Guards that no tracer's own graph reaches: what it recorded is changed by hand, and the site is refused by its code."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from programs import stops
@@ -34,15 +36,18 @@ RECORDED = {
 }
 
 
-def recorded(changes):
-    graph_module = torch.fx.symbolic_trace(formula)
-    with FakeTensorMode() as mode:
-        FakeTensorProp(graph_module, mode).propagate(torch.empty(4, 8), torch.empty(4, 8), torch.empty(4, 1))
-        for node in graph_module.graph.nodes:
-            change = changes.get(node.name, node)
-            if change is None:
-                node.meta.pop("val")
-            elif change is not node:
+def recorded(changes, function=formula, shapes=((4, 8), (4, 8), (4, 1)), fake=True):
+    """The function's graph with what a tracer records of these shapes, but for the changes; these are fake tensors where the
+    op itself is asked about them, which subclasses cannot be."""
+    graph_module = torch.fx.symbolic_trace(function)
+    with FakeTensorMode() as mode, torch.no_grad():
+        FakeTensorProp(graph_module, mode).propagate(*map(torch.empty, shapes))
+    for node in graph_module.graph.nodes:
+        change = changes.get(node.name, node)
+        if change is None:
+            node.meta.pop("val")
+        elif change is not node:
+            with mode if fake else nullcontext():
                 node.meta["val"] = change()
     return graph_module
 
@@ -75,11 +80,9 @@ RESIDUALS = {
 
 @pytest.mark.parametrize(("change", "code"), RESIDUALS.values(), ids=RESIDUALS)
 def test_stages_ask_the_same(change, code):
-    graph_module = torch.fx.symbolic_trace(lambda r, a, b, g: r + formula(a, b, g))
-    with FakeTensorMode() as mode, torch.no_grad():
-        shapes = (4, 8), (4, 8), (4, 8), (4, 1)
-        FakeTensorProp(graph_module, mode).propagate(*map(torch.empty, shapes))
-    next(node for node in graph_module.graph.nodes if node.name == "r").meta["val"] = change()
+    graph_module = recorded(
+        {"r": change}, lambda r, a, b, g: r + formula(a, b, g), ((4, 8), (4, 8), (4, 8), (4, 1)), False
+    )
     with torch.no_grad():
         _, report = fusionpass.rewrite(graph_module)
     assert [site.stages for site in report.rewrites] == [["gated_add"]]
@@ -98,15 +101,10 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize(("changes", "code"), PROJECTIONS.values(), ids=PROJECTIONS)
 def test_the_projection_asks_the_same(changes, code):
-    graph_module = torch.fx.symbolic_trace(lambda x, w, a, b: formula(a, b, torch.nn.functional.linear(x, w)))
-    with FakeTensorMode() as mode, torch.no_grad():
-        FakeTensorProp(graph_module, mode).propagate(*map(torch.empty, ((4, 6), (1, 6), (4, 8), (4, 8))))
-    for node in graph_module.graph.nodes:
-        change = changes.get(node.name, node)
-        if change is None:
-            node.meta.pop("val")
-        elif change is not node:
-            node.meta["val"] = change()
+    def projected(x, w, a, b):
+        return formula(a, b, torch.nn.functional.linear(x, w))
+
+    graph_module = recorded(changes, projected, ((4, 6), (1, 6), (4, 8), (4, 8)), False)
     with torch.no_grad():
         _, report = fusionpass.rewrite(graph_module, verify=False)
     assert [site.stages for site in report.rewrites] == [["gated_add"]]
