@@ -94,7 +94,7 @@ def test_one_compile_over_numbers_of_rows():
 
     function = torch.compile(OPS["moe_combine"].eager, backend=counting)
     with torch.no_grad():
-        for tokens in (2, 5, 64, 1000):
+        for tokens in (2, 5, 64, 1000, 4096):
             inputs = draw(Case("moe_combine", tokens, 2048, "bf16"), torch.Generator(DEVICE).manual_seed(0)).inputs
             for tensor in inputs:
                 if tensor.shape[0] == tokens:

@@ -273,3 +273,22 @@ def test_generate():
         got = model.generate(prompt, **options)
     assert report.executed == 4 * LAYERS
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_a_training_step_through_inductor(checkpointed):
+    """Its gradients are as far from float64 as eager's; checkpointed layers are child graphs, which run twice."""
+    model, inputs = models.build("qwen2_moe", experts="batched_mm")
+    truth, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
+    model.train()
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert model.is_gradient_checkpointing == checkpointed
+    with fusionpass.collect() as report:
+        for each in (truth, eager, torch.compile(model, backend="fusionpass", dynamic=False)):
+            loss(each, inputs).backward()
+    assert [r.stages for r in report.rewrites] == [GROWN] * LAYERS
+    assert report.misses == []
+    want, eager_grads, got = gradients(truth), gradients(eager), gradients(model)
+    assert len(want) == len(eager_grads) == len(got)
+    assert relative_error(got, want) <= SCATTER * relative_error(eager_grads, want)
