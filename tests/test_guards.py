@@ -41,7 +41,8 @@ def recorded(changes, function=formula, shapes=((4, 8), (4, 8), (4, 1)), fake=Tr
     op itself is asked about them, which subclasses cannot be."""
     graph_module = torch.fx.symbolic_trace(function)
     with FakeTensorMode() as mode, torch.no_grad():
-        FakeTensorProp(graph_module, mode).propagate(*map(torch.empty, shapes))
+        given = [shape if isinstance(shape, torch.Tensor) else torch.empty(shape) for shape in shapes]
+        FakeTensorProp(graph_module, mode).propagate(*given)
     for node in graph_module.graph.nodes:
         change = changes.get(node.name, node)
         if change is None:
@@ -95,6 +96,7 @@ PROJECTIONS = {
     "a weight of two rows": ({"w": shaped(2, 6)}, "gate-columns"),
     "an x on another device": ({"x": shaped(4, 6, device="meta")}, "device"),
     "a weight of another dtype": ({"w": shaped(1, 6, dtype=torch.float16)}, "dtype"),
+    "a gate of one row": ({"x": shaped(1, 6), "linear": shaped(1, 1)}, "gate-columns"),
     "a weight of a subclass": ({"w": lambda: torch.empty(1, 6).as_subclass(Sub)}, "subclass"),
 }
 
@@ -109,3 +111,54 @@ def test_the_projection_asks_the_same(changes, code):
         _, report = fusionpass.rewrite(graph_module, verify=False)
     assert [site.stages for site in report.rewrites] == [["gated_add"]]
     assert stops(report.rewrites[0])["gate_projection"] == code
+
+
+def test_a_bias_for_each_row_is_no_projections():
+    def projected(x, w, a, b, bias):
+        return formula(a, b, torch.addmm(bias, x, w))
+
+    graph_module = recorded({}, projected, ((4, 6), (6, 1), (4, 8), (4, 8), (4, 1)))
+    _, report = fusionpass.rewrite(graph_module)
+    assert [site.stages for site in report.rewrites] == [["gated_add"]]
+    assert stops(report.rewrites[0])["gate_projection"] == "gate-columns"
+
+
+TURNED = shaped(4, 8, stride=(1, 4))
+
+
+@pytest.mark.parametrize("changes", [dict.fromkeys(("a", "b", "add"), TURNED), {"rms_norm": TURNED}], ids=["sum", "norm"])
+def test_the_norm_stays_outside_where_one_result_is_laid_out_otherwise(changes):
+    def normed(a, b, g):
+        total = formula(a, b, g)
+        return total, torch.nn.functional.rms_norm(total, (8,))
+
+    _, report = fusionpass.rewrite(recorded(changes, normed), verify=False)
+    assert [site.stages for site in report.rewrites] == [["gated_add"]]
+    assert stops(report.rewrites[0])["rms_norm"] == "stride"
+
+
+@pytest.mark.parametrize(("columns", "code"), [(8, None), (1, "shape")])
+def test_a_norms_weight_is_one_number_per_column(columns, code):
+    def normed(a, b, g, weight):
+        total = formula(a, b, g)
+        return total, weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    _, report = fusionpass.rewrite(recorded({}, normed, ((4, 8), (4, 8), (4, 1), (columns,))))
+    assert stops(report.rewrites[0]).get("rms_norm") == code
+
+
+# what is recorded of the weighted sum's operands -> why it stays outside
+WEIGHTED_SUMS = {
+    "nothing of y": ({"y": None}, "no-metadata"),
+    "y of longer rows": ({"y": shaped(4, 16)}, "stride"),
+}
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, None), *WEIGHTED_SUMS.values()], ids=["", *WEIGHTED_SUMS])
+def test_the_weighted_sum_asks_the_same(changes, code):
+    def routed(y, w, i, b, g):
+        return formula((y[i] * w.reshape(-1, 1)).view(4, 2, 8).sum(1), b, g)
+
+    graph_module = recorded(changes, routed, ((8, 8), (4, 2), torch.arange(8), (4, 8), (4, 1)))
+    _, report = fusionpass.rewrite(graph_module, verify=False)
+    assert stops(report.rewrites[0]).get("finalize") == code
