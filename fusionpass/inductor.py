@@ -6,8 +6,8 @@ kernel takes 15: in a decode step without CUDA graphs that is more than the laun
     moe_combine, gate_projected_add   are allocations and one kernel launch, which Inductor makes as it makes its own
     gated_add                         is a + sigmoid(gate) * b, which Inductor's kernel ties with and its neighbours can join
 
-and on a CPU, where the ops are ATen expressions anyway, all are. AOTInductor gets the expressions too, so that its packages
-call no Python. Elsewhere (eager, aot_eager, export) an op stays one node: functionalization would clone the results of the
+and on a CPU, where the ops are ATen expressions anyway, all are. AOTInductor gets the same, so that its packages call no
+Python. Elsewhere (eager, aot_eager, export) an op stays one node: functionalization would clone the results of the
 launch.
 """
 
@@ -61,23 +61,23 @@ def _tell_the_cache() -> None:
 
 
 def _ahead_of_time() -> bool:
-    """Whether AOTInductor is tracing, which no backend of ours leads to: an op left whole would be called in Python."""
+    """Whether AOTInductor is tracing, to which no backend of ours leads."""
     virtualized = sys.modules.get("torch._inductor.virtualized")
     return virtualized is not None and virtualized.V.aot_compilation is True
 
 
 def _opened(mode: Any, op: Any, types: Sequence[type], args: Sequence = (), kwargs: dict | None = None) -> Any:
     """What functionalization makes of an op."""
-    options = kwargs or {}
-    if _ahead_of_time() and op is not library.gated_add and args[0].is_cuda:
-        raise RuntimeError(
-            f"AOTInductor cannot package {op} for a GPU: on torch 2.11 such a package crashed when it was called. "
-            "Rewrite the program with rules=['gated_add'], which needs no kernel of its own, or package it unrewritten"
-        )
-    if not (_state.tracing or _ahead_of_time()) or interpreted():
+    options, packaged = kwargs or {}, _ahead_of_time()
+    if not (_state.tracing or packaged) or interpreted():
         return mode.__torch_dispatch__(op, types, args, options)
     with mode:
         result = _INSIDE[op](*args, **options)
+    if result is None and packaged:
+        raise RuntimeError(
+            f"AOTInductor cannot package this {op}, which the package would have to call in Python: export the hidden size "
+            "as a number and rewrite with numerics='fp32', or package the program unrewritten"
+        )
     return mode.__torch_dispatch__(op, types, args, options) if result is None else result
 
 

@@ -126,7 +126,9 @@ def test_a_bias_for_each_row_is_no_projections():
 TURNED = shaped(4, 8, stride=(1, 4))
 
 
-@pytest.mark.parametrize("changes", [dict.fromkeys(("a", "b", "add"), TURNED), {"rms_norm": TURNED}], ids=["sum", "norm"])
+@pytest.mark.parametrize(
+    "changes", [dict.fromkeys(("a", "b", "add"), TURNED), {"rms_norm": TURNED}], ids=["sum", "norm"]
+)
 def test_the_norm_stays_outside_where_one_result_is_laid_out_otherwise(changes):
     def normed(a, b, g):
         total = formula(a, b, g)

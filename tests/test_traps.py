@@ -184,7 +184,8 @@ if (
     JVP["export"] = Untraceable(AssertionError)
     REGION["export"] = 1
     OWN |= dict.fromkeys(("eager", "aot_eager"), "multi-use")
-NEW = torch.__version__ >= "2.14"  # make_fx records a detach as an alias: gradients flow through its graph, ours as well
+NEW = torch.__version__ >= "2.14"
+# There make_fx records a detach as an alias: gradients flow through its graph, and through ours as well.
 DETACHED = {"make_fx": Unlike(1)} if NEW else {}
 # The same numbers whatever the dtype of a and b.
 DRAWN = "m = S(g) * torch.rand_like(b, dtype=F32); return torch.rand_like(a, dtype=F32) + m"
