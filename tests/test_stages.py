@@ -135,6 +135,40 @@ def test_masked_rows_hold_anything(name, nan_in):
     torch.testing.assert_close(got, want, equal_nan=True)
 
 
+def _cast_read_twice(y, w):
+    w = w.to(y.dtype)
+    return rows(y * col(w)).sum(1), w
+
+
+WEIGHTS_CAST = {  # -> what the op is given
+    "as a router does": (lambda y, w: rows(y * col(w.to(y.dtype))).sum(1), F32),
+    "after the views": (lambda y, w: (rows(y) * w[..., None].to(y.dtype)).sum(1), F32),
+    "einsum": (lambda y, w: torch.einsum("tk,tkh->th", w.to(y.dtype), rows(y)), F32),
+    "read twice": (_cast_read_twice, BF16),
+    "from float64": (lambda y, w: rows(y * col(w.double().to(y.dtype))).sum(1), BF16),
+    "from float16": (lambda y, w: rows(y * col(w.half().to(y.dtype))).sum(1), BF16),
+}
+
+
+@pytest.mark.parametrize(("routed", "dtype"), WEIGHTS_CAST.values(), ids=WEIGHTS_CAST)
+def test_weights_are_read_as_they_were_before_a_cast(routed, dtype):
+    y, w, _, _, b, g = routing(BF16)
+    given = []
+
+    def function(y, w, b, g):
+        a, *others = routed(y, w) if routed is _cast_read_twice else (routed(y, w),)
+        return a + S(g) * b, *others
+
+    def inner(graph_module, inputs):
+        given.extend(node for node in graph_module.graph.nodes if node.op == "call_function")
+        return graph_module
+
+    checked(function, [y, w.float(), b, g], "dynamo")
+    fusionpass.fuse(function, inner=inner)(y, w.float(), b, g)
+    (op,) = (node for node in given if node.target is torch.ops.fusionpass.moe_combine.default)
+    assert op.kwargs["topk_weights"].meta["example_value"].dtype == dtype
+
+
 @pytest.mark.parametrize(("top_k", "code"), [(1, None), (32, None), (33, "top-k")])
 def test_number_of_terms(top_k, code):
     function = added(FINALIZED["grouped_mm"])
