@@ -37,6 +37,7 @@ WAYS = {
     "default, which is inductor": {},
     "inner inductor": {"options": {"inner": "inductor"}},
     "inner aot_eager": {"options": {"inner": "aot_eager"}},
+    "inner cudagraphs": {"options": {"inner": "cudagraphs"}},
     "inner eager, eager numerics": {"options": {"inner": "eager", "numerics": "eager"}},
     "mode default": {"mode": "default"},
     "mode max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},

@@ -1,6 +1,7 @@
 """`fusionpass bench TARGET`: what it measures and prints, and what it refuses. Its times are nobody's to assert."""
 
 import json
+from dataclasses import replace
 
 import models
 import pytest
@@ -61,6 +62,7 @@ TEXTS = {
     "prefill": (run(tokens=2048), ["prefill 1 x 2048"]),
     "a tie": (run(fused=(1.9, 0.1)), ["~0.950"]),
     "slower": (run(fused=(2.4, 0.1)), [" 1.200"]),
+    "experts": (replace(run(), experts="batched_mm"), ["qwen2_moe, 4 layers, batched_mm experts, H100"]),
     "head": (run(), ["qwen2_moe, 4 layers, H100, torch 2.11.0", "median of 7 rounds"]),
 }
 
@@ -113,6 +115,7 @@ REFUSED = {
     "batch without one": (["--batch", "2"], "--batch has no effect without a TARGET"),
     "prefill without one": (["--prefill", "2"], "--prefill has no effect without a TARGET"),
     "mode without one": (["--mode", "eager"], "--mode has no effect without a TARGET"),
+    "experts without a target": (["--experts", "eager"], "--experts has no effect without a TARGET"),
     "an unknown mode": (
         ["qwen2_moe", "--mode", "eager,fast"],
         "'fast' is no mode: allowed are eager, default, reduce-overhead",

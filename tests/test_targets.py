@@ -108,6 +108,21 @@ def test_sizes_dtype_and_device():
     assert not target.on_meta
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_5_moe"])  # the latter's are a part's, its text model's
+def test_the_experts_implementation(model_type):
+    model = resolve(model_type, layers=1, experts="batched_mm").model
+    assert {config._experts_implementation for config in (model.config, model.config.get_text_config())} == {
+        "batched_mm"
+    }
+
+
+def test_experts_that_cannot_be_had():
+    text = complaint("qwen2_moe", layers=1, experts="fast")
+    assert "fast" in text and "batched_mm" in text and "name other --experts" in text
+    assert "--experts batched_mm has no effect on 'llama'" in complaint("llama", layers=1, experts="batched_mm")
+    assert "--experts has no effect on 'm.pt2'" in complaint("m.pt2", experts="eager")
+
+
 def test_the_first_layers_keep_their_pattern():
     config = transformers.AutoConfig.for_model("qwen3_next")
     pattern = list(config.layer_types)

@@ -39,6 +39,7 @@ class CompileRun:
     device: str
     torch: str
     times: list[CompileTime]
+    experts: str | None = None  # as in ModelRun
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -53,6 +54,7 @@ class CompileRun:
             body.append([time.mode, *seconds, f"{time.pass_s:.3f}", f"{time.share:.2%}"])
         kind = {"tablefmt": "pipe" if style == "markdown" else "simple", "disable_numparse": True}
         kept = "" if self.layers is None else f", {self.layers} layers"
+        kept += "" if self.experts is None else f", {self.experts} experts"
         head = f"{self.target}{kept}, {self.device}, torch {self.torch}; seconds of torch.compile, without its caches"
         return f"{head}\n\n" + tabulate(body, heads, colalign=["left"] + ["right"] * 5, **kind)
 

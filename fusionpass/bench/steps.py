@@ -67,6 +67,7 @@ class ModelRun:
     torch: str
     rounds: int
     cells: list[Cell]
+    experts: str | None = None  # transformers' implementation of them, where one was named
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -85,6 +86,7 @@ class ModelRun:
             body.append([what, cell.mode, *times, ratio, *map(str, counts), share])
         kind = {"tablefmt": "pipe" if style == "markdown" else "simple", "disable_numparse": True}
         kept = "" if self.layers is None else f", {self.layers} layers"
+        kept += "" if self.experts is None else f", {self.experts} experts"
         return (
             f"{self.target}{kept}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
             + tabulate(body, heads, colalign=["left"] * 2 + ["right"] * 7, **kind)

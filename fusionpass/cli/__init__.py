@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from fusionpass._version import __version__
 from fusionpass.cli import bench_arguments
+from fusionpass.cli.bench_arguments import EXPERTS_HELP
 
 DESCRIPTION = """\
 Find a + sigmoid(g) * b, the shared-expert combine of Mixture-of-Experts models, in a model's graph, swap it for one
@@ -131,6 +132,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument("--tokens", type=_count_from(1), metavar="N", help="tokens of each sequence; default: 16")
     sizes.add_argument("--batch", type=_count_from(1), metavar="N", help="sequences; default: 1")
+    sizes.add_argument("--experts", metavar="NAME", help=EXPERTS_HELP)
     sizes.add_argument("--trust-remote-code", action="store_true", help="run model code that comes with the target")
     code = report.add_argument_group("model and inputs")
     code.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16; Python code: as it is")

@@ -21,7 +21,7 @@ against float64 before it is timed. The whole default grid compiles about 200 fu
 
 EPILOG = """\
 examples:
-  fusionpass bench qwen2_moe --layers 4 --batch 1,32
+  fusionpass bench qwen2_moe --layers 4 --batch 1,32 --experts batched_mm
   fusionpass bench qwen3_next --layers 12 --compile-time --mode default
   fusionpass bench --op gated_add,gate_projected_add --tokens 1,32,256 --hidden 4096
   fusionpass bench --json run.json --plot run.png --format markdown
@@ -37,11 +37,15 @@ exit codes: 0 fine; 1 a ratio has worsened; 2 bad input or no CUDA GPU
 """
 
 
+EXPERTS_HELP = "how transformers computes the experts: grouped_mm, batched_mm, eager, ...; default: the model's own"
+
+
 def add_bench(bench: argparse.ArgumentParser) -> None:
     """Everything but the name, the description and the epilog."""
     bench.add_argument("target", nargs="?", metavar="TARGET", help="a whole model; without it, the single ops")
     model = bench.add_argument_group("a whole model")
     model.add_argument("--layers", type=_sets, metavar="N", help="keep the first N layers; default: all")
+    model.add_argument("--experts", metavar="NAME", help=f"{EXPERTS_HELP}; generate decodes with batched_mm")
     model.add_argument("--batch", type=_sizes, metavar="B,B", help="sequences that decode; default: 1,8,32,128")
     model.add_argument(
         "--prefill",

@@ -27,6 +27,7 @@ OF_OPS = {
 }
 OF_MODELS = {
     "layers": "--layers",
+    "experts": "--experts",
     "batch": "--batch",
     "prefill": "--prefill",
     "mode": "--mode",
@@ -68,7 +69,8 @@ def bench_model_command(arguments: argparse.Namespace) -> int:
 
     with Progress() as progress, quiet():
         progress.stage(f"building {arguments.target}")
-        target = resolve(arguments.target, layers=arguments.layers, dtype=arguments.dtype, device="cuda")
+        named = {"layers": arguments.layers, "experts": arguments.experts, "dtype": arguments.dtype}
+        target = resolve(arguments.target, **named, device="cuda")
         if not hasattr(target.model, "get_input_embeddings"):
             raise ValueError(
                 f"bench {arguments.target!r} decodes tokens: name a Hugging Face model type, folder or hub id"
@@ -97,7 +99,7 @@ def _steps(model, arguments: argparse.Namespace, progress: Progress) -> tuple[st
         stage=progress.stage,
     )
     name = torch.cuda.get_device_name()
-    run = ModelRun(arguments.target, arguments.layers, name, torch.__version__, rounds, cells)
+    run = ModelRun(arguments.target, arguments.layers, name, torch.__version__, rounds, cells, arguments.experts)
     return run.text(arguments.format), run.to_dict()
 
 
@@ -108,5 +110,6 @@ def _compile_times(model, arguments: argparse.Namespace, progress: Progress) -> 
 
     (batch,) = arguments.batch or (1,)
     times = compile_times(model, batch=batch, modes=arguments.mode or MODES, stage=progress.stage)
-    run = CompileRun(arguments.target, arguments.layers, torch.cuda.get_device_name(), torch.__version__, times)
+    name = torch.cuda.get_device_name()
+    run = CompileRun(arguments.target, arguments.layers, name, torch.__version__, times, arguments.experts)
     return run.text(arguments.format), run.to_dict()

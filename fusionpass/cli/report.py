@@ -74,6 +74,7 @@ def _resolve(arguments: argparse.Namespace) -> Target:
         layers=arguments.layers,
         tokens=arguments.tokens,
         batch=arguments.batch,
+        experts=arguments.experts,
         dtype=arguments.dtype,
         device=arguments.device,
         input_specs=arguments.input,

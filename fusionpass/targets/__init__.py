@@ -23,6 +23,7 @@ def resolve(
     layers: int | None = None,
     tokens: int | None = None,
     batch: int | None = None,
+    experts: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     input_specs: Sequence[str] | None = None,
@@ -36,6 +37,7 @@ def resolve(
         layers: decoder layers to keep of a Hugging Face config; None keeps all.
         tokens: length of each sequence of a Hugging Face model; None means 16.
         batch: sequences of a Hugging Face model; None means 1.
+        experts: transformers' `experts_implementation`, such as "batched_mm"; None means the model's default.
         dtype: "bf16", "fp16" or "fp32"; None means bf16 for a Hugging Face model, and no cast for Python code.
         device: None means meta for a Hugging Face model, and where things are for Python code.
         input_specs: `dtype[sizes]` of each input of Python code.
@@ -49,7 +51,7 @@ def resolve(
     for name, value in (("layers", layers), ("tokens", tokens), ("batch", batch)):
         if value is not None and value < 1:
             raise TargetError(f"{name} is {value}: it takes a whole number from 1 up")
-    hugging_face = {"--layers": layers, "--tokens": tokens, "--batch": batch}
+    hugging_face = {"--layers": layers, "--tokens": tokens, "--batch": batch, "--experts": experts}
     kind = _kind(target)
     if kind == "archive":
         refused = {**hugging_face, "--dtype": dtype, "--device": device, "--input": input_specs or None}
@@ -71,6 +73,7 @@ def resolve(
         layers=layers,
         tokens=tokens or 16,
         batch=batch or 1,
+        experts=experts,
         dtype=DTYPES[dtype or "bf16"],
         device=device or "meta",
         trust_remote_code=trust_remote_code,

@@ -38,6 +38,7 @@ def from_hugging_face(
     layers: int | None,
     tokens: int,
     batch: int,
+    experts: str | None,
     dtype: torch.dtype,
     device: str,
     trust_remote_code: bool,
@@ -58,9 +59,14 @@ def from_hugging_face(
         without_cache(config)
         build = _builder(transformers, config, target, trust_remote_code)
         advice = "keep more layers with --layers" if layers is not None else "give a folder with a complete config.json"
+        if experts is not None:
+            build = partial(build, experts_implementation=experts)
+            advice = "name other --experts, or none"
         if chosen.type != "meta":
             _ensure_fits(_built(build, target, dtype, torch.device("meta"), advice), chosen)
         model = _built(build, target, dtype, chosen, advice).eval()
+    if experts is not None:
+        _ensure_experts(model, experts, target)
     inputs = _inputs(model, tokens, batch, chosen)
     _ensure_takes(model, inputs, target)
     return Target(name=target, model=model, kwargs=inputs, notes=notes)
@@ -237,6 +243,16 @@ def _free_memory() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def _ensure_experts(model: torch.nn.Module, experts: str, target: str) -> None:
+    """Some part of the model computes its experts by transformers' functions of that name."""
+    asked = (getattr(module, "_can_set_experts_implementation", None) for module in model.modules())
+    if not any(ask is not None and ask() for ask in asked):
+        raise TargetError(
+            f"--experts {experts} has no effect on {target!r}, {type(model).__name__}, which has one way to compute its "
+            "experts or has none: leave --experts out"
+        )
 
 
 def _inputs(model: Any, tokens: int, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
