@@ -50,15 +50,15 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     found = _weighted_sum(site, words, parts)
     if isinstance(found, Refusal):
         return found
+    refusal = common.read_once(parts, site.add) or _shapes(site, found)
     # y and the weights are read where they are multiplied or gathered, the inverse where it gathers.
     gather = next((part for part in parts if found.inverse in part.all_input_nodes), None)
     reads = [("y", found.y, parts[0]), ("inverse", found.inverse, gather)]
-    _widen_weights(site, found, parts)
-    refusal = common.read_once(parts, site.add) or _shapes(site, found)
     for name, node in (("topk_weights", found.weights), ("masked", found.masked)):
         reads.append((name, node, None if node is None else _first_reader(node, parts)))
     refusal = refusal or common.movable(reads, parts[0], site.add, effects)
     if refusal is None:
+        _widen_weights(site, found, parts, effects)
         site.finalize = found
         site.parts[:0] = parts
         site.stages.insert(0, INFO.name)
@@ -158,23 +158,23 @@ def _bare(weights: Node) -> Node:
     return weights
 
 
-def _widen_weights(site: Site, found: Finalize, parts: list[Node]) -> None:
-    """Weights before a router rounded them to the dtype, when only this sum reads them: the cast of T * K numbers would be a
-    kernel of its own, in a decode step as long as a quarter of the site's (1.1 us of 4.2 on an H100)."""
+def _widen_weights(site: Site, found: Finalize, parts: list[Node], effects: Effects) -> None:
+    """Weights before a router rounded them to the dtype, where only this sum reads them and they can still be read: the cast
+    of T * K numbers would be a kernel of its own, in a decode step as long as a quarter of the op (H100)."""
     chain = [found.weights]
     while len(readers(chain[-1])) == 1 and readers(chain[-1])[0] not in parts:
         chain += readers(chain[-1])
-    cast = chain[0]
-    if not is_cast(cast) or not isinstance(cast.args[0], Node) or any(len(readers(node)) != 1 for node in chain):
+    cast, total = chain[0], tensor_of(site.add)
+    if any(len(readers(node)) != 1 for node in chain) or not is_cast(cast) or not isinstance(cast.args[0], Node):
         return
     before, after = tensor_of(cast.args[0]), tensor_of(cast)
-    if (
-        before is not None
-        and before.dtype is torch.float32
-        and after.dtype == tensor_of(site.add).dtype != before.dtype
-    ):
-        parts[:0] = chain
-        found.weights = _bare(cast.args[0])
+    if before is None or (before.dtype, after.dtype) != (torch.float32, total.dtype) or before.dtype == total.dtype:
+        return
+    moved = [("topk_weights", cast.args[0], cast)]
+    if common.kinds(site, [], wider=[("weights", before)]) or common.movable(moved, cast, site.add, effects):
+        return
+    parts[:0] = chain
+    found.weights = _bare(cast.args[0])
 
 
 def _first_reader(bare: Node, parts: list[Node]) -> Node:
