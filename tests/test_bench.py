@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -602,3 +603,14 @@ def test_a_small_run_of_the_backward_and_its_check(bench, tmp_path):
     status, _, err = bench("--check", path, "--no-tuned", "--rounds", "3", "--tolerance", "1000%")
     assert status == 0, err
     assert err.endswith("12 ratios of 4 cases compared, none has worsened\n")
+
+
+BASELINES = sorted((Path(__file__).parent / "baselines").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_a_baseline_is_a_run_in_which_nothing_of_ours_is_slower_than_eager(path, capsys):
+    run = Run.from_json(path.read_text())
+    assert all(run.ratios(measurement)["eager"].value < 1 for measurement in run.measurements)
+    assert main(["bench", "--from", str(path)]) == 0
+    assert run.device in capsys.readouterr().out
