@@ -60,8 +60,8 @@ def from_hugging_face(
         build = _builder(transformers, config, target, trust_remote_code)
         advice = "keep more layers with --layers" if layers is not None else "give a folder with a complete config.json"
         if experts is not None:
+            _ensure_known_experts(transformers, experts)
             build = partial(build, experts_implementation=experts)
-            advice = "name other --experts, or none"
         if chosen.type != "meta":
             _ensure_fits(_built(build, target, dtype, torch.device("meta"), advice), chosen)
         model = _built(build, target, dtype, chosen, advice).eval()
@@ -243,6 +243,14 @@ def _free_memory() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def _ensure_known_experts(transformers: Any, experts: str) -> None:
+    moe = importlib.import_module("transformers.integrations.moe")
+    known = sorted({"eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()})
+    if experts not in known:
+        version = transformers.__version__
+        raise TargetError(f"--experts {experts!r} is unknown to transformers {version}: allowed are {', '.join(known)}")
 
 
 def _ensure_experts(model: torch.nn.Module, experts: str, target: str) -> None:
