@@ -20,11 +20,11 @@ from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, Site
+from fusionpass.nodes import gather_of, is_cast, is_view, readers
 from fusionpass.options import Options
 from fusionpass.private import OpOverload
 from fusionpass.tensors import tensor_of
 from fusionpass.traffic import bytes_of
-from fusionpass.vocabulary import gather_of, is_cast, is_view, readers
 from fusionpass.writes import call_name
 
 # Measured on one H100 (torch 2.11, bf16, CUDA-graph replay).

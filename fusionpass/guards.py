@@ -10,6 +10,7 @@ import torch
 from fusionpass.effects import Effects
 from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
+from fusionpass.nodes import readers
 from fusionpass.tensors import (
     PLAIN_TYPES,
     broadcasts_to,
@@ -20,7 +21,6 @@ from fusionpass.tensors import (
     value_of,
 )
 from fusionpass.verify import same_result
-from fusionpass.vocabulary import readers
 
 CODES = {
     "view-between": "a view stands between the sigmoid, the product and the sum, so rows and gates no longer line up",

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from fusionpass.match import Refusal, Site
+from fusionpass.nodes import is_cast, is_view
 from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
-from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_view
+from fusionpass.vocabulary import Meaning, Vocabulary
 from fusionpass.writes import call_name
 
 # How many views and casts a near miss may lie behind; real models have at most 3 (chunk, getitem, cast).

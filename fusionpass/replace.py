@@ -11,10 +11,10 @@ from torch.fx import Graph, Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Site
+from fusionpass.nodes import is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.provenance import inherit
 from fusionpass.tensors import tensor_of
-from fusionpass.vocabulary import is_reshape, readers
 
 
 class Inserted(NamedTuple):

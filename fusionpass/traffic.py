@@ -10,8 +10,9 @@ import torch
 from torch.fx import Node
 
 from fusionpass.match import Site
+from fusionpass.nodes import gather_of, is_cast
 from fusionpass.tensors import tensor_of
-from fusionpass.vocabulary import Vocabulary, gather_of, is_cast
+from fusionpass.vocabulary import Vocabulary
 
 
 def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | None]:

@@ -277,6 +277,11 @@ PROJECTIONS = {
     "mm": (lambda x, w, c, a, b: a + S(torch.mm(x, w.t())) * b, None),
     "addmm": (lambda x, w, c, a, b: a + S(torch.addmm(c, x, w.t())) * b, None),
     "matmul with a vector": (lambda x, w, c, a, b: a + S((x @ w[0]).unsqueeze(-1)) * b, None),
+    "an index that adds a dim": (lambda x, w, c, a, b: a + S((x @ w[0])[:, None]) * b, None),
+    "an index that takes a part": (
+        lambda x, w, c, a, b: a + S((x @ torch.cat((w, w)).t())[:, :1]) * b,
+        "not-a-projection",
+    ),
     "mv": (lambda x, w, c, a, b: a + S(torch.mv(x, w[0]).unsqueeze(-1)) * b, None),
     "addcmul": (lambda x, w, c, a, b: torch.addcmul(a, S(F.linear(x, w)), b), None),
     "view of the logit": (

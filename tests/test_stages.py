@@ -156,6 +156,7 @@ def _cast_elsewhere(y, w):
 WEIGHTS_CAST = {  # -> what the op is given
     "as a router does": (lambda y, w: rows(y * col(w.to(y.dtype))).sum(1), F32),
     "after the views": (lambda y, w: (rows(y) * w[..., None].to(y.dtype)).sum(1), F32),
+    "before an index": (lambda y, w: (rows(y) * w.to(y.dtype)[..., None]).sum(1), F32),
     "einsum": (lambda y, w: torch.einsum("tk,tkh->th", w.to(y.dtype), rows(y)), F32),
     "read twice": (_cast_read_twice, BF16),
     "written after it": (_cast_then_written, BF16),
@@ -309,6 +310,8 @@ ADDED = {
     "view": lambda r, s: halves(r) + halves(s),
     "reshape": lambda r, s: s.reshape(T, 1, H) + r.reshape(T, 1, H),
     "unsqueeze, flatten": lambda r, s: r + s.unsqueeze(0).flatten(0, 1),
+    "index of a new dim": lambda r, s: r[None] + s[None, ...],
+    "index of all": lambda r, s: r + s[:],
     "no-op contiguous": lambda r, s: r + s.contiguous(),
     "no-op to": lambda r, s: r + s.to(r.dtype),
     "torch.add, alpha=1": lambda r, s: torch.add(r, s, alpha=1),

@@ -10,9 +10,9 @@ from torch.fx import Node
 from fusionpass.effects import Effects
 from fusionpass.kernels.contract import MOST_COLUMNS
 from fusionpass.match import Refusal, Site
+from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, fixed, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import is_cast, is_reshape, readers
 
 CODES = {
     "not-allowed": "the option 'rules' leaves the stage out",

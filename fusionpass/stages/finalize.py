@@ -17,10 +17,11 @@ from torch.fx import Node
 from fusionpass.effects import Effects
 from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
 from fusionpass.match import Finalize, Refusal, RuleInfo, Site
+from fusionpass.nodes import gather_of, is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.stages import common
 from fusionpass.tensors import dtype_text, fixed, known_contiguous, known_equal, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import Vocabulary, gather_of, is_cast, is_reshape, readers
+from fusionpass.vocabulary import Vocabulary
 
 INFO = RuleInfo(
     name="finalize",

@@ -12,11 +12,12 @@ import torch
 
 from fusionpass.effects import Effects
 from fusionpass.match import Projection, Refusal, RuleInfo, Site
+from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.stages import common
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, known_equal, same_sizes, shape_text, tensor_of
 from fusionpass.verify import same_result
-from fusionpass.vocabulary import Meaning, Vocabulary, is_cast, is_reshape, readers
+from fusionpass.vocabulary import Meaning, Vocabulary
 
 INFO = RuleInfo(
     name="gate_projection",

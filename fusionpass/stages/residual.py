@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, RuleInfo, Site
+from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.pattern import find, is_identity
 from fusionpass.stages import common
 from fusionpass.tensors import known_contiguous, same_sizes, shape_text, tensor_of
-from fusionpass.vocabulary import Vocabulary, is_cast, is_reshape, readers
+from fusionpass.vocabulary import Vocabulary
 
 INFO = RuleInfo(
     name="residual",

@@ -16,11 +16,12 @@ from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Norm, Refusal, RuleInfo, Site
+from fusionpass.nodes import is_cast, readers
 from fusionpass.options import Options
 from fusionpass.pattern import is_identity
 from fusionpass.stages import common
 from fusionpass.tensors import known_contiguous, known_equal, same_sizes, shape_text, tensor_of, value_of
-from fusionpass.vocabulary import Vocabulary, is_cast, readers
+from fusionpass.vocabulary import Vocabulary
 
 INFO = RuleInfo(
     name="rms_norm",
