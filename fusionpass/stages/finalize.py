@@ -160,8 +160,8 @@ def _bare(weights: Node) -> Node:
 
 
 def _widen_weights(site: Site, found: Finalize, parts: list[Node], effects: Effects) -> None:
-    """Weights before a router rounded them to the dtype, where only this sum reads them and they can still be read: the cast
-    of T * K numbers would be a kernel of its own, in a decode step as long as a quarter of the op (H100)."""
+    """Weights before a router rounded them to the dtype, where only this sum reads them and they can still be read: Inductor
+    would give the cast of these T * K numbers a kernel of its own in every layer, since it fuses nothing into ours."""
     chain = [found.weights]
     while len(readers(chain[-1])) == 1 and readers(chain[-1])[0] not in parts:
         chain += readers(chain[-1])
