@@ -221,8 +221,11 @@ def test_make_fx_of_the_block(family, experts, mode):
         outside = {stage: code for stage, code in ALONE.items() if stage != "finalize"}
         assert [stops(r) for r in report.rewrites] == [outside]
         assert_only_sites_changed(before, after, report)
-        # Eager rounds weights, products and sums of up to 4: each time by up to 4 * 2^-9.
-        torch.testing.assert_close(after(hidden), block(hidden), rtol=2**-6, atol=2**-5)
+        truth = copy.deepcopy(model).double()
+        truth.set_experts_implementation("batched_mm")
+        want = truth.model.layers[0].mlp(hidden.double())
+        # Most of the error is that of the experts' own products, which both sides share: 0.89 to 1.06 of eager's were seen.
+        assert relative_error([after(hidden)], [want]) <= 1.2 * relative_error([block(hidden)], [want])
 
 
 def test_make_fx_with_the_backward():

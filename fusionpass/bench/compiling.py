@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fusionpass.bench.steps import decode, forward_of
+from fusionpass.bench.steps import decode, forward_of, named
 from fusionpass.private import compilation_time_metrics as timings
 from fusionpass.private import config, reset
 
@@ -53,9 +53,8 @@ class CompileRun:
             seconds = [f"{time.plain_s:.2f}", f"{time.fused_s:.2f}", f"{time.fused_s / time.plain_s:.3f}"]
             body.append([time.mode, *seconds, f"{time.pass_s:.3f}", f"{time.share:.2%}"])
         kind = {"tablefmt": "pipe" if style == "markdown" else "simple", "disable_numparse": True}
-        kept = "" if self.layers is None else f", {self.layers} layers"
-        kept += "" if self.experts is None else f", {self.experts} experts"
-        head = f"{self.target}{kept}, {self.device}, torch {self.torch}; seconds of torch.compile, without its caches"
+        model = named(self.target, self.layers, self.experts)
+        head = f"{model}, {self.device}, torch {self.torch}; seconds of torch.compile, without its caches"
         return f"{head}\n\n" + tabulate(body, heads, colalign=["left"] + ["right"] * 5, **kind)
 
 

@@ -57,6 +57,12 @@ class Cell:
         return abs(self.fused.ms - self.plain.ms) <= self.plain.spread_ms + self.fused.spread_ms
 
 
+def named(target: str, layers: int | None, experts: str | None) -> str:
+    """The model as it was built, for a table's head."""
+    cut = "" if layers is None else f", {layers} layers"
+    return target + cut + ("" if experts is None else f", {experts} experts")
+
+
 @dataclass(frozen=True)
 class ModelRun:
     """Every cell of one model on one device."""
@@ -85,10 +91,9 @@ class ModelRun:
             counts = [cell.plain.kernels, cell.fused.kernels, cell.fused.rewrites]
             body.append([what, cell.mode, *times, ratio, *map(str, counts), share])
         kind = {"tablefmt": "pipe" if style == "markdown" else "simple", "disable_numparse": True}
-        kept = "" if self.layers is None else f", {self.layers} layers"
-        kept += "" if self.experts is None else f", {self.experts} experts"
+        model = named(self.target, self.layers, self.experts)
         return (
-            f"{self.target}{kept}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
+            f"{model}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
             + tabulate(body, heads, colalign=["left"] * 2 + ["right"] * 7, **kind)
             + "\n\nshare: of the kernels' time with fusionpass that its own kernels take; "
             "~: a tie, the difference is below the sum of the spreads."
