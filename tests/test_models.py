@@ -287,18 +287,23 @@ def test_generate():
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
 def test_a_training_step_through_inductor(checkpointed):
-    """Its gradients are as far from float64 as eager's; checkpointed layers are child graphs, which run twice."""
+    """Its gradients are as far from float64 as Inductor's own; checkpointed layers are child graphs, which run twice.
+
+    Not as eager's: on a GPU Inductor's gradients of the unchanged model are 1.5 to 2.9 times as far off (3 seeds, with
+    and without checkpoints), and those here 1.5 to 2.9 times too, not always where Inductor's are.
+    """
     model, inputs = models.build("qwen2_moe", experts="batched_mm")
-    truth, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     assert model.is_gradient_checkpointing == checkpointed
+    truth, plain = copy.deepcopy(model).double(), copy.deepcopy(model)
+    loss(truth, inputs).backward()
+    loss(torch.compile(plain, dynamic=False), inputs).backward()
     with fusionpass.collect() as report:
-        for each in (truth, eager, torch.compile(model, backend="fusionpass", dynamic=False)):
-            loss(each, inputs).backward()
+        loss(torch.compile(model, backend="fusionpass", dynamic=False), inputs).backward()
     assert [r.stages for r in report.rewrites] == [GROWN] * LAYERS
     assert report.misses == []
-    want, eager_grads, got = gradients(truth), gradients(eager), gradients(model)
-    assert len(want) == len(eager_grads) == len(got)
-    assert relative_error(got, want) <= SCATTER * relative_error(eager_grads, want)
+    want, inductors, got = gradients(truth), gradients(plain), gradients(model)
+    assert len(want) == len(inductors) == len(got)
+    assert relative_error(got, want) <= SCATTER * relative_error(inductors, want)
