@@ -32,8 +32,16 @@ BLOCK_LIMIT = 8192  # columns of one program; H beyond takes more programs, K be
 # blocks of 1024, 16384 x 4096 in 121.6 against 124.0 (H200, bf16; torch.compile takes 8.8 for the former).
 COLUMNS_PER_WARP = 256  # 32 lanes x 8 elements, one 16-byte access in bf16
 MOST_WARPS = 16
-FEW_ROWS, SPLIT = 8, 4  # this few rows leave most of the chip idle: 4 programs a row, each with the whole dot product,
-# take 1 x 2048 from 1.45 us to 1.38 and 8 x 4096 from 2.02 to 1.90; at 32 rows it gains nothing
+
+# Few rows leave most of the chip idle: several programs share one, each with the whole dot product. H100, bf16, us, by
+# programs a row, operands in the L2 cache:     1     2     4              1     2     4              1     2     4
+#                                8 x 4096    1.72  1.64  1.61  32 x 4096 1.81  1.76  1.87  64 x 4096 1.89  1.97  2.01
+#                                8 x 7168    2.06  1.85  1.77  32 x 7168 2.17  1.95  2.04  64 x 7168 2.35  2.33  2.52
+#                                8 x 2048    1.55  1.52  1.55  32 x 2048 1.61  1.63  1.73
+SPLITS = ((8, 0, 4), (48, 2048, 2))  # up to so many rows, of more than so many columns: programs a row
+# A sum over fewer warps is sooner done: with 8 for 16 32 x 4096 takes 1.76 us for 1.80, but 32 x 7168 2.17 for 1.95; and
+# 256 x 4096 3.33 for 3.27, 16384 x 4096 174.2 for 173.2.
+FEW_WARPS, FEW_WARPS_UP_TO, FEW_WARPS_ROWS = 8, 4096, 128
 
 
 def gate_projected_add_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -43,14 +51,23 @@ def gate_projected_add_reference(x: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 @triton.jit
-def dot(X, W, x_col, w_col, lane, K: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x . w of one row, in fp32. lane: arange(0, BLOCK), in the width of the offsets."""
-    terms = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, K, BLOCK):
-        k = start + lane
-        x = tl.load(X + k * x_col, mask=k < K, other=0.0)
-        w = tl.load(W + k * w_col, mask=k < K, other=0.0)
-        terms += widened(x, INTERPRETED) * widened(w, INTERPRETED)
+def dot_operands(X, W, x_col, w_col, k, K: tl.constexpr):
+    """Columns k of one row's x, and of w."""
+    return tl.load(X + k * x_col, mask=k < K, other=0.0), tl.load(W + k * w_col, mask=k < K, other=0.0)
+
+
+@triton.jit
+def dot(x, w, X, W, x_col, w_col, lane, K: tl.constexpr, BLOCK: tl.constexpr):
+    """x . w of one row, in fp32. lane: arange(0, BLOCK), in the width of the offsets; x, w: `dot_operands` at `lane`.
+
+    These first ones are a kernel's first loads, for all else waits for their sum, and what one multiprocessor reads of the
+    L2 cache comes in turn, 64 bytes a clock. 32 x 4096 of `moe_combine` takes 2.58 us where the other operands are asked
+    for before them, 2.26 after (H100).
+    """
+    terms = widened(x) * widened(w)
+    for start in range(BLOCK, K, BLOCK):
+        x, w = dot_operands(X, W, x_col, w_col, start + lane, K)
+        terms += widened(x) * widened(w)
     return tl.sum(terms)
 
 
@@ -61,7 +78,7 @@ def gate_projected_add_kernel(
     INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr, VECTOR: tl.constexpr,
     K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One program computes one row's logit and BLOCK_H of its results; a and b are on their way during the dot product.
+    """One program computes one row's logit and BLOCK_H of its results.
 
     K and H are compiled in: a model has one of each, and where a block is as long no mask is left. (With them as
     arguments, moreover, Triton 3.6 cannot interpret the loop beside NumPy 2.4.)
@@ -77,15 +94,17 @@ def gate_projected_add_kernel(
     if DEPENDENT:
         gdc_wait()  # nothing before this reads or writes memory, the weight included
         gdc_launch_dependents()
+    X += tl.multiple_of(row * x_row, VECTOR)
+    x, w = dot_operands(X, W, x_col, w_col, lane, K)
     a = tl.load(A + tl.multiple_of(row * a_row, VECTOR) + h * a_col, mask=h < H, other=0.0)
     b = tl.load(B + tl.multiple_of(row * b_row, VECTOR) + h * b_col, mask=h < H, other=0.0)
-    logit = dot(X + tl.multiple_of(row * x_row, VECTOR), W, x_col, w_col, lane, K, BLOCK_K, INTERPRETED)
+    logit = dot(x, w, X, W, x_col, w_col, lane, K, BLOCK_K)
     if HAS_BIAS:
-        logit += widened(tl.load(BIAS), INTERPRETED)
+        logit += widened(tl.load(BIAS))
     if KEEP_LOGIT:
         first = tl.program_id(0) % programs == 0
         tl.store(LOGIT + row, rounded(logit, Y.dtype.element_ty, INTERPRETED), mask=first)
-    y = widened(a, INTERPRETED) + sigmoid(logit, PRECISE, INTERPRETED) * widened(b, INTERPRETED)
+    y = widened(a) + sigmoid(logit, PRECISE, INTERPRETED) * widened(b)
     tl.store(
         Y + tl.multiple_of(row * y_row, VECTOR) + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H
     )
@@ -120,10 +139,10 @@ def _prepared(
     last = [last_offset((run, n), pair) for n, *pair in zip((k, h, h, h), rows, columns, strict=True)]
     block_k, block_h, warps = blocks_and_warps(k, h)
     count = prod(a.shape[:-1])
-    if count <= FEW_ROWS:
-        block_h = max(block_h // SPLIT, 1)
-    if count == 1 and block_k < BLOCK_LIMIT:
-        warps = max(warps // 2, 1)  # fewer to sum over: 1 x 4096 takes 1.50 us, and 1.59 with all of them
+    split = next((n for most, beyond, n in SPLITS if count <= most and h > beyond), 1)
+    block_h = max(block_h // split, 1)
+    if count <= FEW_WARPS_ROWS and max(k, h) <= FEW_WARPS_UP_TO:
+        warps = min(warps, FEW_WARPS)
     w_col = column_stride(weight)
     # Lanes past the end are masked, and their offsets still must not wrap around.
     idle = [block_k * columns[0], block_k * w_col, *(block_h * column for column in columns[1:])]

@@ -536,11 +536,12 @@ def check_and_logit(x, weight, bias, a, b):
         assert (error <= allowed + 2 * logit_error(x, weight, bias)).all()  # and so it is no nan either
 
 
+FEW = forward_kernel.SPLITS[0][0]  # rows
 LOGIT_SHAPES = {  # rows, K, H
     "one row": ((1,), 64, 64),
-    "few rows, some programs each": ((forward_kernel.FEW_ROWS,), 7, 300),
+    "few rows, some programs each": ((FEW,), 7, 300),
     "H of fewer than the programs": ((2,), 300, 3),
-    "one row more": ((forward_kernel.FEW_ROWS + 1,), 7, 300),
+    "one row more": ((FEW + 1,), 7, 300),
     "many rows": ((2, MANY // 2), 7, 64),
     "no leading dims": ((), 8, 8),
     "no rows": ((0,), 8, 8),

@@ -522,7 +522,7 @@ def projected_launch(monkeypatch, rows, k, h):
     return launch.blocks, launch.arguments["BLOCK_K"], launch.arguments["BLOCK_H"]
 
 
-FEW = projected_kernel.FEW_ROWS
+FEW = projected_kernel.SPLITS[0][0]  # rows
 
 
 @pytest.mark.parametrize(
@@ -546,6 +546,32 @@ def test_how_rows_are_split(monkeypatch, rows, k, h, expected):
     """Few rows take several programs each, H beyond the limit more, K beyond it more rounds; the values are right."""
     monkeypatch.setattr(projected_kernel, "BLOCK_LIMIT", 16)
     assert projected_launch(monkeypatch, rows, k, h) == expected
+
+
+SPLIT_AND_WARPS = {  # rows, columns: programs, columns of a block of b, warps
+    (1, 32): (4, 8, 2),
+    (2, 32): (8, 8, 2),
+    (3, 32): (6, 16, 2),
+    (3, 16): (3, 16, 2),
+    (4, 32): (8, 16, 2),
+    (5, 32): (5, 32, 2),
+    (6, 32): (6, 32, 2),
+    (7, 32): (7, 32, 4),
+    (4, 64): (8, 32, 8),
+}
+
+
+@pytest.mark.parametrize(("shape", "expected"), SPLIT_AND_WARPS.items(), ids=str)
+def test_programs_and_warps_by_rows_and_columns(monkeypatch, shape, expected):
+    """The tables, with numbers that the interpreter takes."""
+    table = {"SPLITS": ((2, 0, 4), (4, 16, 2)), "COLUMNS_PER_WARP": 8}
+    table |= {"FEW_WARPS": 2, "FEW_WARPS_UP_TO": 32, "FEW_WARPS_ROWS": 6}
+    for name, value in table.items():
+        monkeypatch.setattr(projected_kernel, name, value)
+    (rows, h), recorded, make = shape, record_launches(monkeypatch, projected_kernel), normal()
+    check_projected("kernel", make((rows, h)), make((1, h)) / h**0.5, None, make((rows, h)), make((rows, h)))
+    (launch,) = recorded
+    assert (launch.blocks, launch.arguments["BLOCK_H"], launch.options["num_warps"]) == expected
 
 
 @pytest.mark.parametrize(
