@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import aten, contract
-from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .dependent import dependent_launch
 from .launching import Calls, Launch, Launches, Result, layouts, prepared
 from .layout import last_offset, row_offset, row_runs
@@ -64,10 +64,10 @@ def dot(x, w, X, W, x_col, w_col, lane, K: tl.constexpr, BLOCK: tl.constexpr):
     L2 cache comes in turn, 64 bytes a clock. 32 x 4096 of `moe_combine` takes 2.58 us where the other operands are asked
     for before them, 2.26 after (H100).
     """
-    terms = widened(x) * widened(w)
+    terms = unpacked(x) * unpacked(w)
     for start in range(BLOCK, K, BLOCK):
         x, w = dot_operands(X, W, x_col, w_col, start + lane, K)
-        terms += widened(x) * widened(w)
+        terms += unpacked(x) * unpacked(w)
     return tl.sum(terms)
 
 
@@ -100,11 +100,11 @@ def gate_projected_add_kernel(
     b = tl.load(B + tl.multiple_of(row * b_row, VECTOR) + h * b_col, mask=h < H, other=0.0)
     logit = dot(x, w, X, W, x_col, w_col, lane, K, BLOCK_K)
     if HAS_BIAS:
-        logit += widened(tl.load(BIAS))
+        logit += unpacked(tl.load(BIAS))
     if KEEP_LOGIT:
         first = tl.program_id(0) % programs == 0
         tl.store(LOGIT + row, rounded(logit, Y.dtype.element_ty, INTERPRETED), mask=first)
-    y = widened(a) + sigmoid(logit, PRECISE, INTERPRETED) * widened(b)
+    y = unpacked(a) + sigmoid(logit, PRECISE, INTERPRETED) * unpacked(b)
     tl.store(
         Y + tl.multiple_of(row * y_row, VECTOR) + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H
     )

@@ -45,21 +45,21 @@ def gate_projected_add_backward_kernel(
     k = tl.arange(0, BLOCK_K)
     h = tl.arange(0, BLOCK_H)
     dtype: tl.constexpr = DX.dtype.element_ty
-    w = widened(tl.load(W + k, mask=k < K, other=0.0))
+    w = widened(tl.load(W + k, mask=k < K, other=0.0), INTERPRETED)
     sums = tl.zeros([BLOCK_K], tl.float32)
     bias_sum = 0.0
     for i in range(program, rows, programs):
         row = i
         if WIDE:
             row = row.to(tl.int64)
-        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0))
-        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0))
-        s = sigmoid(widened(tl.load(LOGIT + row)), PRECISE, INTERPRETED)
+        dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+        b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+        s = sigmoid(widened(tl.load(LOGIT + row), INTERPRETED), PRECISE, INTERPRETED)
         tl.store(DB + row * H + h, rounded(dy * s, dtype, INTERPRETED), mask=h < H)
         dlogit = tl.sum(dy * b) * s * (1.0 - s)
         tl.store(DX + row * K + k, rounded(dlogit * w, dtype, INTERPRETED), mask=k < K)
         if NEED_WEIGHT:
-            sums += dlogit * widened(tl.load(X + row * K + k, mask=k < K, other=0.0))
+            sums += dlogit * widened(tl.load(X + row * K + k, mask=k < K, other=0.0), INTERPRETED)
         bias_sum += dlogit
     if NEED_WEIGHT:
         tl.store(SUMS + program * K + k, sums, mask=k < K)

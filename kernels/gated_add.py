@@ -46,13 +46,13 @@ def gated_add_reference(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
 @triton.jit
 def combined(a, g, b, dtype: tl.constexpr, EAGER: tl.constexpr, PRECISE: tl.constexpr, INTERPRETED: tl.constexpr):
     """a + sigmoid(g) * b in `dtype`."""
-    s = sigmoid(widened(g), PRECISE, INTERPRETED)
+    s = sigmoid(widened(g, INTERPRETED), PRECISE, INTERPRETED)
     if EAGER:
-        s = widened(rounded(s, dtype, INTERPRETED))
-    p = s * widened(b)
+        s = widened(rounded(s, dtype, INTERPRETED), INTERPRETED)
+    p = s * widened(b, INTERPRETED)
     if EAGER:
-        p = widened(rounded(p, dtype, INTERPRETED))
-    return rounded(widened(a) + p, dtype, INTERPRETED)
+        p = widened(rounded(p, dtype, INTERPRETED), INTERPRETED)
+    return rounded(widened(a, INTERPRETED) + p, dtype, INTERPRETED)
 
 
 @triton.jit

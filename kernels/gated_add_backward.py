@@ -35,9 +35,9 @@ def gated_add_backward_kernel(
     if WIDE:
         row = row.to(tl.int64)
     h = tl.arange(0, BLOCK)
-    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0))
-    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0))
-    s = sigmoid(widened(tl.load(G + row)), PRECISE, INTERPRETED)
+    dy = widened(tl.load(DY + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+    b = widened(tl.load(B + row * H + h, mask=h < H, other=0.0), INTERPRETED)
+    s = sigmoid(widened(tl.load(G + row), INTERPRETED), PRECISE, INTERPRETED)
     tl.store(DB + row * H + h, rounded(dy * s, DB.dtype.element_ty, INTERPRETED), mask=h < H)
     dg = tl.sum(dy * b) * s * (1.0 - s)
     tl.store(DG + row, rounded(dg, DG.dtype.element_ty, INTERPRETED))

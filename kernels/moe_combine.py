@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import contract
-from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .dependent import dependent_launch
 from .gate_projected_add import (
     BLOCK_LIMIT,
@@ -88,7 +88,7 @@ def moe_combine_kernel(
         norm = tl.load(NORM + h * norm_step, mask=mask, other=0.0)
     if TOP_K == 0:
         at = tl.multiple_of(row * a_row, VECTOR)
-        y = widened(tl.load(A + at + h * a_col, mask=mask, other=0.0))
+        y = unpacked(tl.load(A + at + h * a_col, mask=mask, other=0.0))
     else:
         y = tl.zeros([BLOCK_H], tl.float32)
     for first in tl.static_range(0, TOP_K, GROUP):
@@ -104,25 +104,25 @@ def moe_combine_kernel(
             if HAS_MASK:
                 masks += (tl.load(MASKED + sources[k] * masked_step),)
         for k in tl.static_range(min(GROUP, TOP_K - first)):
-            part = widened(parts[k])
+            part = unpacked(parts[k])
             if HAS_MASK:  # read all the same: a load that waits for its mask comes too late
                 part = tl.where(masks[k], 0.0, part)
-            y += widened(weights[k]) * part
+            y += unpacked(weights[k]) * part
     if PROJECTED:
         logit = dot(x, w, X, W, x_col, w_col, lane, K, BLOCK_K)
         if HAS_BIAS:
-            logit += widened(tl.load(BIAS))
+            logit += unpacked(tl.load(BIAS))
     else:
-        logit = widened(tl.load(GATE + row * gate_row))
-    y += sigmoid(logit, PRECISE, INTERPRETED) * widened(b)
+        logit = unpacked(tl.load(GATE + row * gate_row))
+    y += sigmoid(logit, PRECISE, INTERPRETED) * unpacked(b)
     if HAS_RESIDUAL:
-        y += widened(residual)
+        y += unpacked(residual)
     to = tl.multiple_of(row * H, VECTOR) + h
     tl.store(SUM + to, rounded(y, SUM.dtype.element_ty, INTERPRETED), mask=mask)
     if HAS_NORM:  # of the sum before its rounding, as Inductor has it; masked lanes are 0
         normed = y * tl.rsqrt(tl.sum(y * y) / H + EPS)
         if HAS_NORM_WEIGHT:
-            normed *= widened(norm) + OFFSET
+            normed *= unpacked(norm) + OFFSET
         tl.store(NORMED + to, rounded(normed, NORMED.dtype.element_ty, INTERPRETED), mask=mask)
 
 
