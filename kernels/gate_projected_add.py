@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from . import aten, contract
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .dependent import dependent_launch
-from .launching import Calls, Launch, Launches, Result, layouts, prepared
+from .launching import Calls, Launch, Launches, Result, layouts, prepared, warps_for
 from .layout import last_offset, row_offset, row_runs
 from .pointers import GRID_LIMIT, needs_int64
 
@@ -113,8 +113,7 @@ def gate_projected_add_kernel(
 def blocks_and_warps(k: int, h: int) -> tuple[int, int, int]:
     """Columns of a block of x and of one of b, and the warps that share them."""
     block_k, block_h = (min(triton.next_power_of_2(n), BLOCK_LIMIT) for n in (k, h))
-    warps = max(k, h) // COLUMNS_PER_WARP
-    return block_k, block_h, min(max(1 << warps.bit_length() >> 1, 1), MOST_WARPS)
+    return block_k, block_h, warps_for(max(k, h), COLUMNS_PER_WARP, MOST_WARPS)
 
 
 def vector(row_strides: Sequence[int], itemsize: int) -> int:

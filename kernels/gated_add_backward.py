@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
-from .launching import Calls, Launch, layouts
+from .launching import Calls, Launch, layouts, warps_for
 from .pointers import GRID_LIMIT, needs_int64
 
 COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
@@ -70,7 +70,7 @@ def gradients(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _prepared(dy: Tensor) -> Launch:
     h, rows = dy.shape[-1], prod(dy.shape[:-1])
     block = triton.next_power_of_2(h)
-    warps = min(max(1 << (h // COLUMNS_PER_WARP).bit_length() >> 1, 1), MOST_WARPS)
+    warps = warps_for(h, COLUMNS_PER_WARP, MOST_WARPS)
     constants = (h, needs_int64(rows * h + block), dy.dtype == torch.float32, INTERPRETED, block)
     compiled_for = (dy.dtype, *constants)
     return Launch(gated_add_backward_kernel, dy.get_device(), rows, constants, compiled_for, num_warps=warps)

@@ -51,6 +51,11 @@ def _launcher(compiled: Any) -> tuple[Callable, tuple]:
 _variants: dict[tuple, dict[Any, tuple[Callable, tuple]]] = {}
 
 
+def warps_for(columns: int, per_warp: int, most: int) -> int:
+    """A power of two, as a launch takes, of warps with at least `per_warp` of the columns each; from 1 to `most`."""
+    return min(max(1 << (columns // per_warp).bit_length() >> 1, 1), most)
+
+
 class Launch:
     """One kernel over `blocks` programs, with every argument but its pointers, on tensors of one device.
 

@@ -35,7 +35,7 @@ from .gate_projected_add import (
     dot_operands,
     vector,
 )
-from .launching import Calls, Launch, Result, layouts
+from .launching import Calls, Launch, Result, layouts, warps_for
 from .layout import contiguous_strides
 from .pointers import needs_int64
 
@@ -201,7 +201,7 @@ def arguments(
     block_h = triton.next_power_of_2(h)
     block_k = min(triton.next_power_of_2(k), max(block_h, BLOCK_LIMIT))
     most = FEW_WARPS if max(k, h) <= FEW_WARPS_UP_TO else MOST_WARPS
-    warps = min(max(1 << (max(k, h) // COLUMNS_PER_WARP).bit_length() >> 1, 1), most)
+    warps = warps_for(max(k, h), COLUMNS_PER_WARP, most)
     numbers = [*steps("a"), step("topk_weights"), step("inverse"), step("masked"), *steps("b"), step("gate")]
     numbers += [*steps("x"), w_col, *steps("residual"), step("norm_weight")]
     # Offsets within a row; lanes past its end are masked, and their offsets still must not wrap around.
