@@ -19,13 +19,13 @@ import torch
 from torch.fx import Node
 
 from fusionpass.effects import Effects
+from fusionpass.identity import torch_name
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import gather_of, is_cast, is_view, readers
 from fusionpass.options import Options
 from fusionpass.private import OpOverload
 from fusionpass.tensors import tensor_of
 from fusionpass.traffic import bytes_of
-from fusionpass.writes import call_name
 
 # Measured on one H100 (torch 2.11, bf16, CUDA-graph replay).
 PROJECTION_US = 4.0  # Inductor's two kernels less our one, gate_projected_add: 3.6 at 1 x 2048, 5.1 at 32 x 4096
@@ -122,7 +122,7 @@ def _fuses(node: Node) -> bool:
         return False
     if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims"):
         return False
-    return is_cast(node) or gather_of(node) is not None or _pointwise_or_reduction(call_name(node))
+    return is_cast(node) or gather_of(node) is not None or _pointwise_or_reduction(torch_name(node))
 
 
 @cache

@@ -3,20 +3,25 @@
 Memory is identified by the storage of the tracer's fake tensors: views, in-place results, `.to(same dtype)` and
 parameters that share memory have one storage. `make_fx` in "real" mode records a storage per node, so the alias
 annotations of aten schemas are followed as well.
+
+Memory that comes from outside, of inputs and attributes, may be shared in a later call though it was not in the one that was
+traced: Dynamo guards on equal tensors, not on overlapping ones. A write to any of it may hit all of it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import torch
 from torch.fx import GraphModule, Node
 
+from fusionpass.identity import torch_name
 from fusionpass.private import OpOverload
-from fusionpass.tensors import storage_key, value_of
-from fusionpass.writes import METADATA_WRITES, call_name, changes_state, is_functorch_level, written_by
+from fusionpass.tensors import attribute, storage_keys, value_of
+from fusionpass.writes import changes_state, is_functorch, level_change, metadata_write, written_by
 
 
 class Effects:
@@ -26,7 +31,7 @@ class Effects:
     """
 
     def __init__(self, graph_module: GraphModule, inside_functorch: bool = False):
-        self._modules = dict(graph_module.named_modules())
+        self._owner = graph_module
         self._storages: dict[Node, frozenset[int]] = {}
         self._stands_for: dict[Node, Node] = {}  # a replacement -> the add whose place it took
         self._groups: dict[int, list[Node]] | None = None
@@ -35,19 +40,25 @@ class Effects:
         self._writes: dict[int, list[int]] = defaultdict(list)  # storage -> positions, ascending
         self._all_writes: list[int] = []
         self._barriers: list[int] = []  # positions of writes to memory nobody can name
+        self._outside_writes: list[int] = []  # positions of writes to memory from outside
+        self._outside: frozenset[int] | None = None
         self._states: list[int] = []
+        self._levels: list[tuple[int, int]] = []  # positions where levels of torch.func open (1) and close (-1)
         self._reshaped: dict[int, Node] = {}  # storage -> the node that changed a tensor's shape or strides in place
-        self.has_functorch = inside_functorch  # of this graph or of one around it
+        self._inside_functorch = inside_functorch  # a graph around this one has opened a level
+        calls_modules = any(node.op == "call_module" for node in self._nodes)
+        modules = dict(graph_module.named_modules()) if calls_modules else {}
         for index, node in enumerate(self._nodes):
             if node.op not in ("call_function", "call_method", "call_module"):
                 continue
             if changes_state(node):
                 self._states.append(index)
-                self.has_functorch = self.has_functorch or is_functorch_level(node)
-            self._record_writes(index, node)
+                if is_functorch(node):
+                    self._levels.append((index, level_change(node)))
+            self._record_writes(index, node, modules)
 
-    def _record_writes(self, index: int, node: Node) -> None:
-        written, unknown = written_by(node, self._modules)
+    def _record_writes(self, index: int, node: Node, modules: dict[str, torch.nn.Module]) -> None:
+        written, unknown = written_by(node, modules)
         if unknown:
             self._barriers.append(index)
         if written or unknown:
@@ -56,10 +67,30 @@ class Effects:
             storages = self.storages(operand)
             if not storages and unknown is False and _may_hold_tensor(operand):
                 self._barriers.append(index)
+            if not self._outside_storages().isdisjoint(storages):
+                self._outside_writes.append(index)
             for storage in storages:
                 self._writes[storage].append(index)
-                if call_name(node) in METADATA_WRITES:
+                if metadata_write(node):
                     self._reshaped.setdefault(storage, node)
+
+    def _outside_storages(self) -> frozenset[int]:
+        """The memory of inputs and attributes; asked only where something is written."""
+        if self._outside is None:
+            given = [node for node in self._nodes if node.op in ("placeholder", "get_attr")]
+            self._outside = frozenset(key for node in given for key in self.storages(node))
+        return self._outside
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether the graph, or one around it, opens levels of torch.func."""
+        return self._inside_functorch or bool(self._levels)
+
+    def inside_functorch(self, first: Node, last: Node) -> bool:
+        """Whether a level of torch.func is open at, or opens or closes between, the two nodes."""
+        start, end = self.position[first], self.position[last]
+        depth = sum(change for index, change in self._levels if index < start)
+        return self._inside_functorch or depth != 0 or any(start <= index <= end for index, _ in self._levels)
 
     def storages(self, node: Node) -> frozenset[int]:
         """Identities of the memory the node's value lives in; empty when it holds no tensor or none was recorded."""
@@ -69,23 +100,33 @@ class Effects:
             chain.append(node)
             source = _aliased_operand(node)
             if source is None:
-                self._storages[node] = _own_storages(node)
+                self._storages[node] = self._own_storages(node)
                 break
             node = self._stands_for.get(source, source)
         keys = self._storages[node]
         for alias in reversed(chain):
-            keys = self._storages[alias] = keys | _own_storages(alias)
+            keys = self._storages[alias] = keys | self._own_storages(alias)
         return keys
 
-    def write_between(self, operand: Node, read: Node, now: Node) -> Node | None:
-        """The first node after `read` and before `now` that may write the operand's memory, or None."""
+    def _own_storages(self, node: Node) -> frozenset[int]:
+        value = value_of(node)
+        if value is None and node.op == "get_attr":  # make_fx records nothing of a tensor that a function knows by itself
+            value = attribute(self._owner, str(node.target))
+        tensors = value if isinstance(value, (list, tuple)) else (value,)
+        return frozenset(key for t in tensors if isinstance(t, torch.Tensor) for key in storage_keys(t))
+
+    def write_between(self, operand: Node, read: Node, now: Node, but: Collection[Node] = ()) -> Node | None:
+        """The first node after `read` and before `now`, `but` for some, that may write the operand's memory, or None."""
         start, end = self.position[read], self.position[now]
         if _first_between(self._all_writes, start, end) is None:
             return None
-        found = [p for key in self.storages(operand) if (p := _first_between(self._writes.get(key, ()), start, end))]
-        barrier = _first_between(self._barriers, start, end)
-        if barrier is not None:
-            found.append(barrier)
+        storages = self.storages(operand)
+        suspects = [self._writes.get(key, ()) for key in storages]
+        suspects.append(self._barriers)
+        if not self._outside_storages().isdisjoint(storages):
+            suspects.append(self._outside_writes)
+        mine = {self.position[node] for node in but}
+        found = [p for positions in suspects if (p := _first_between(positions, start, end, mine)) is not None]
         return self._nodes[min(found)] if found else None
 
     def any_write_between(self, first: Node, last: Node) -> Node | None:
@@ -140,21 +181,16 @@ class Effects:
         return self._groups[key]
 
 
-def _first_between(positions: list[int] | tuple[()], start: int, end: int) -> int | None:
+def _first_between(positions: Sequence[int], start: int, end: int, but: Collection[int] = ()) -> int | None:
     index = bisect_right(positions, start)
+    while index < len(positions) and positions[index] in but:
+        index += 1
     return positions[index] if index < len(positions) and positions[index] < end else None
 
 
 def _may_hold_tensor(node: Node) -> bool:
     value = value_of(node)
     return value is None or isinstance(value, (torch.Tensor, list, tuple, dict))
-
-
-def _own_storages(node: Node) -> frozenset[int]:
-    value = value_of(node)
-    tensors = value if isinstance(value, (list, tuple)) else (value,)
-    keys = (storage_key(t) for t in tensors if isinstance(t, torch.Tensor))
-    return frozenset(key for key in keys if key is not None)
 
 
 def _aliased_operand(node: Node) -> Node | None:
@@ -165,7 +201,7 @@ def _aliased_operand(node: Node) -> Node | None:
         if index is not None and index < len(node.args):
             source = node.args[index]
             return source if isinstance(source, Node) else None
-    if getattr(target, "__name__", "") == "getitem" and node.args and isinstance(node.args[0], Node):
+    if torch_name(node) == "getitem" and node.args and isinstance(node.args[0], Node):
         return node.args[0]
     return None
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusionpass import ops  # noqa: F401  registers torch.ops.fusionpass
 from fusionpass.copying import child_graphs
 from fusionpass.cost import left_to_inner
 from fusionpass.effects import Effects
-from fusionpass.guards import judge
+from fusionpass.guards import judge, one_dtype
 from fusionpass.match import Refusal, Site
+from fusionpass.nodes import readers
 from fusionpass.options import Options
-from fusionpass.pattern import find, is_sum
+from fusionpass.pattern import ANCHORS, find
 from fusionpass.provenance import module_of, source_of
 from fusionpass.records import Miss, Rewrite
 from fusionpass.replace import insert, take_over
 from fusionpass.stages import STAGES
+from fusionpass.stages.common import narrow_to, narrowed
+from fusionpass.statements import redirect, restore
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
 from fusionpass.traffic import fused_bytes, kernels_and_bytes
 from fusionpass.validate import validate
@@ -79,7 +83,10 @@ class _Pass:
         self.seen.add(id(gm))
         words = Vocabulary(gm)
         self.outcome.nodes += len(gm.graph.nodes)
-        sums = [node for node in gm.graph.nodes if is_sum(words, node)]
+        operations = [(node, words.operation(node)) for node in gm.graph.nodes]
+        sums = [node for node, operation in operations if operation in ANCHORS]
+        in_place = [node for node, operation in operations if operation is not None and operation.endswith("_")]
+        redirected = redirect(gm.graph, in_place, words)
         effects: Effects | None = None
         gone: set[str] = set()  # names of nodes that a site before has taken in
         for add in sums:
@@ -93,17 +100,19 @@ class _Pass:
                 continue
             self.outcome.rewrites.append(self.replace(gm, site, words, effects))
             gone.update(self.outcome.rewrites[-1].nodes)
-        children = child_graphs(gm)
-        if children:  # asked once, not once per child: a model may have one per layer
-            effects = effects or Effects(gm, inside_functorch)
-        for child in children.values():
-            self.over(child, effects.has_functorch)
+        restore(gm.graph, redirected)
         if gone:
             gm.recompile()
+        children = child_graphs(gm)
+        if children:  # asked once, not once per child: a model may have one per layer
+            inside = _inside_functorch(gm, children, effects or Effects(gm, inside_functorch))
+        for path, child in children.items():
+            self.over(child, path in inside)
 
-    def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site, Refusal | None]:
+    def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site | None, Refusal | None]:
         """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
         site, refusal = _choose(readings, effects, self.foreign)
+        refusal = refusal or one_dtype(site, self.options)
         if refusal is not None:
             return site, refusal
         _grow(site, words, effects, self.options)
@@ -155,6 +164,16 @@ def _choose(readings: list[tuple[Site, Refusal | None]], effects: Effects, forei
     return (direct or refused)[0]
 
 
+def _inside_functorch(gm: GraphModule, children: Collection[str], effects: Effects) -> set[str]:
+    """Paths of the child graphs that run inside a level of torch.func."""
+    found = set()
+    for node in gm.graph.nodes if effects.has_levels else ():
+        child = node.op in ("get_attr", "call_module") and node.target in children
+        if child and any(effects.inside_functorch(caller, caller) for caller in (*node.users, node)):
+            found.add(str(node.target))
+    return found
+
+
 def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> None:
     for stage in STAGES:
         name = stage.INFO.name
@@ -164,6 +183,9 @@ def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> 
             refusal = stage.grow(site, words, effects, options)
         if refusal is not None:
             site.stopped.append((name, refusal))
+    cast = narrowed(site.end) if options.numerics == "fp32" and not site.residual_written else None
+    if cast is not None and readers(site.end) == [cast] and effects.state_change_between(site.end, cast) is None:
+        narrow_to(site, cast)
 
 
 def _miss(add: Node, refusal: Refusal) -> Miss:
@@ -171,8 +193,13 @@ def _miss(add: Node, refusal: Refusal) -> Miss:
 
 
 def foreign_type(values: Iterable[Any] | None) -> str:
-    """Name of the first tensor subclass among a graph's inputs, "" when all are plain tensors."""
+    """Name of the first tensor subclass among a graph's inputs that tracers show as a plain tensor, "" when there is none.
+
+    Wrapper subclasses (DTensor, quantised weights) keep their type in the graph, so each site's own operands decide.
+    """
     for value in values or ():
-        if isinstance(value, torch.Tensor) and type(value) not in PLAIN_TYPES:
+        if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+            continue
+        if type(value) not in PLAIN_TYPES:
             return type(value).__name__
     return ""

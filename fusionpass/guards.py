@@ -5,12 +5,16 @@ They run in the order of `GUARDS`, cheapest first; the first refusal is the one 
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache, reduce
+
 import torch
 
 from fusionpass.effects import Effects
 from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import readers
+from fusionpass.options import Options
 from fusionpass.tensors import (
     PLAIN_TYPES,
     broadcasts_to,
@@ -23,24 +27,27 @@ from fusionpass.tensors import (
 from fusionpass.verify import same_result
 
 CODES = {
-    "view-between": "a view stands between the sigmoid, the product and the sum, so rows and gates no longer line up",
+    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or is not known not to",
+    "dropout-between": "a dropout in training stands between the product and the sum",
+    "other-form": "one node computes the product or the sum as part of something else: glu, lerp, einsum, index_add",
     "cast-between": "a cast rounds in between",
     "scaled": "a factor, alpha or value other than 1 makes it another formula",
     "odd-call": "the call has arguments the formula does not have",
     "out-argument": "the result is written into a given tensor",
     "module-hook": "a module of the formula has hooks",
+    "module-forward": "a module of the formula runs a forward that is not torch's own",
     "scalar-operand": "a, b or the gate is a Python number",
     "no-metadata": "the tracer recorded no tensor for an operand",
     "multi-use": "the product is read by others too, so it must stay",
-    "mixed-dtype": "the operands differ in dtype, so the sum is promoted",
+    "mixed-dtype": "the operands differ in dtype, and one is 0-d or no dtype of the op, or numerics is 'eager'",
     "dtype": "a dtype outside bfloat16, float16, float32",
-    "device": "the operands live on different devices",
+    "device": "the operands live on different devices, or on one for which there is no kernel",
     "layout": "a sparse or otherwise not strided tensor",
     "subclass": "a tensor subclass, whose own rules would be bypassed",
     "zero-dim": "a 0-d operand, which promotes by other rules",
     "shape": "a, b and the sum differ in shape, or are not known to be equal",
     "gate-shape": "the gate is not known to broadcast to the sum",
-    "in-place": "the sigmoid or the product overwrites its input",
+    "in-place": "the sigmoid or the product overwrites memory that somebody else reads",
     "in-place-visible": "the sum is written into memory that somebody else reads",
     "functorch": "inside vmap, grad or jvp of torch.func, where the op has no rule",
     "state-change-between": "grad mode, autocast or the stream changes between the reads and the sum",
@@ -78,12 +85,18 @@ def product_read_once(site: Site, effects: Effects) -> Refusal | None:
     return None
 
 
-def one_dtype(site: Site, effects: Effects) -> Refusal | None:
-    dtypes = [tensor_of(node).dtype for _, node in (*operands(site), ("sum", site.add))]
-    if len(set(dtypes)) > 1:
-        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))
-    if dtypes[0] not in DTYPES:
-        return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(dtypes[0]))
+def known_dtypes(site: Site, effects: Effects) -> Refusal | None:
+    dtypes = [tensor_of(node).dtype for _, node in operands(site)]
+    total = tensor_of(site.add).dtype
+    unknown = any(dtype not in DTYPES for dtype in (*dtypes, total))
+    if len({*dtypes, total}) > 1 and (unknown or any(tensor_of(node).dim() == 0 for _, node in operands(site))):
+        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, (*dtypes, total)))
+    if unknown:
+        return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(total))
+    promoted = reduce(torch.promote_types, dtypes)
+    if site.overwrites is None and not site.in_place and promoted != total:
+        text = "the op would give {}, which the operands promote to, eager gives {}"
+        return Refusal("result", text, dtype_text(promoted), dtype_text(total))
     return None
 
 
@@ -103,18 +116,42 @@ def plain_tensors(site: Site, effects: Effects) -> Refusal | None:
     return None
 
 
+@cache
+def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str:
+    """Why there is no kernel for tensors of a device, "" when there is one."""
+    if device.type not in ("cpu", "cuda", "meta"):
+        return f"there is no kernel for device {device.type}"
+    if device.type != "cuda":
+        return ""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, and kernels for CUDA need it"
+    # A graph for a GPU may be traced where there is none.
+    if dtype is torch.bfloat16 and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic"
+    return ""
+
+
+def device_has_kernels(site: Site, effects: Effects) -> Refusal | None:
+    for name, node in operands(site):
+        tensor = tensor_of(node)
+        problem = _missing_kernel(tensor.device, tensor.dtype)
+        if problem:
+            return Refusal("device", "{} ({}) is on {}: {}", name, node, tensor.device, problem)
+    return None
+
+
 def shapes_fit(site: Site, effects: Effects) -> Refusal | None:
     a, gate, b, total = (tensor_of(node) for node in (site.a, site.gate, site.b, site.add))
-    if not (same_sizes(a.shape, total.shape) and same_sizes(b.shape, total.shape)):
+    if not (same_sizes(a.shape, total.shape) and same_sizes(site.b_shape or b.shape, total.shape)):
         return Refusal("shape", "a is {}, b {}, the sum {}", *map(shape_text, (a, b, total)))
-    if not broadcasts_to(gate.shape, total.shape):
+    if not broadcasts_to(gate.shape if site.gate_shape is None else site.gate_shape, total.shape):
         return Refusal("gate-shape", "the gate is {}, the sum {}", shape_text(gate), shape_text(total))
     return None
 
 
 def outside_functorch(site: Site, effects: Effects) -> Refusal | None:
-    if effects.has_functorch:
-        return Refusal("functorch", "the graph of {} opens torch.func levels", site.add)
+    if effects.inside_functorch(site.parts[0], site.add):
+        return Refusal("functorch", "{} stands inside a level of torch.func", site.add)
     return None
 
 
@@ -145,11 +182,30 @@ def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
 
 def sum_owned(site: Site, effects: Effects) -> Refusal | None:
     """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own and dead afterwards."""
-    if not site.writes_a:
+    if site.overwrites is None:
         return None
-    reader = effects.other_reader(site.a, site.add)
+    reader = effects.other_reader(site.overwrites, site.add)
     if reader is not None:
-        return Refusal("in-place-visible", "{} writes into {}, which {} shows or reads", site.add, site.a, reader)
+        text = "{} writes into {}, which {} shows or reads"
+        return Refusal("in-place-visible", text, site.add, site.overwrites, reader)
+    return None
+
+
+def factors_owned(site: Site, effects: Effects) -> Refusal | None:
+    """`b *= sigmoid(g)` and `g.sigmoid_()` may go only when nobody can tell, as `a += ...` may."""
+    for node, written in site.in_place.items():
+        reader = effects.other_reader(written, node)
+        if reader is not None:
+            return Refusal("in-place", "{} writes into {}, which {} shows or reads", node, written, reader)
+        if len(readers(node)) != 1:
+            return Refusal("in-place", "{} writes into {} and has {} users", node, written, len(readers(node)))
+    return None
+
+
+def one_dtype(site: Site, options: Options) -> Refusal | None:
+    dtypes = [tensor_of(node).dtype for _, node in (*operands(site), ("the sum", site.add))]
+    if options.numerics == "eager" and len(set(dtypes)) > 1:
+        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))
     return None
 
 
@@ -160,12 +216,14 @@ def same_result_as_eager(site: Site, effects: Effects) -> Refusal | None:
 GUARDS = (
     recorded,
     product_read_once,
-    one_dtype,
+    known_dtypes,
     plain_tensors,
+    device_has_kernels,
     shapes_fit,
     outside_functorch,
     one_state,
     sum_owned,
+    factors_owned,
     operands_unwritten,
     same_result_as_eager,
 )

@@ -8,9 +8,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from fusionpass.copying import child_graphs
+from fusionpass.identity import torch_name
 from fusionpass.options import Options
 from fusionpass.settings import of_mode
-from fusionpass.writes import call_name
 
 Compiled = Callable[..., Any]
 _OF_SEQUENCES = frozenset(("conv1d", "conv_transpose1d"))  # the convolutions that are not of images
@@ -64,7 +64,7 @@ def _layout_kept(graph_module: GraphModule) -> dict[str, bool]:
     [B, heads, K, V] was laid out with its heads innermost, and its one kernel became three: on an H100 at batch 1,
     10 layers of Qwen3-Next took 2.03 ms a step for 1.93, by 24 us a layer.
     """
-    kinds = {name for name in map(call_name, _calls(graph_module)) if "conv" in name}
+    kinds = {name for name in map(torch_name, _calls(graph_module)) if "conv" in name}
     return {"layout_optimization": False} if kinds and kinds <= _OF_SEQUENCES else {}
 
 

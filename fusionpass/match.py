@@ -74,7 +74,7 @@ class Site:
     """One a + sigmoid(gate) * b, as nodes.
 
     `parts` are the nodes the op would take the place of, those of a stage together in data-flow order; of these,
-    `handed_on` are the product and the identity casts after it, which nobody but the sum may read.
+    `handed_on` are the product and what hands it on to the sum, which nobody but the sum may read.
     """
 
     add: Node
@@ -85,17 +85,23 @@ class Site:
     b: Node
     parts: list[Node]
     handed_on: list[Node]
-    writes_a: bool = False  # iadd, add_, addcmul_: the sum lands in a's own memory
+    overwrites: Node | None = None  # a, or the product, in whose memory the sum lands: iadd, add_, addcmul_
+    in_place: dict[Node, Node] = field(default_factory=dict)  # the sigmoid or product -> what it overwrites
+    gate_shape: tuple | None = None  # the shape in which the formula sees the gate and b, where views stand between
+    b_shape: tuple | None = None
     projection: Projection | None = None
     finalize: Finalize | None = None
     residual: Node | None = None
+    residual_written: bool = False  # residual += sum: what the op gives is copied there
     norm: Norm | None = None
     stages: list[str] = field(default_factory=lambda: ["gated_add"])
     stopped: list[tuple[str, Refusal]] = field(default_factory=list)  # stages that did not join, and why
-    end: Node = None  # type: ignore[assignment]  # the node whose value the op computes: `add`, or the residual's
+    end: Node = None  # type: ignore[assignment]  # the node whose value the op computes: `add`, the residual's, or a cast
+    at: Node = None  # type: ignore[assignment]  # where the op goes: the last sum
 
     def __post_init__(self):
         self.end = self.end or self.add
+        self.at = self.at or self.end
 
     @property
     def combined(self) -> bool:

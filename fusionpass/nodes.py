@@ -5,38 +5,46 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fusionpass.identity import torch_name
 from fusionpass.tensors import known_equal, tensor_of
-from fusionpass.writes import call_name
 
 CASTS = frozenset("to type type_as float half bfloat16 double _to_copy convert_element_type".split())
 # Reorder or drop nothing: with one value per row, the rows come out in the order they went in.
 RESHAPES = frozenset(
     "view reshape view_as reshape_as _unsafe_view unsqueeze squeeze flatten unflatten alias contiguous".split()
 )
-VIEWS = RESHAPES | frozenset(
-    "getitem select narrow chunk split tensor_split unbind slice transpose t permute movedim swapaxes swapdims expand "
-    "expand_as broadcast_to detach clone ravel mT T".split()
+EXPANDS = frozenset("expand expand_as broadcast_to".split())
+VIEWS = (
+    RESHAPES
+    | EXPANDS
+    | frozenset(
+        "getitem select narrow chunk split tensor_split unbind slice transpose t permute movedim swapaxes swapdims "
+        "detach clone ravel mT T".split()
+    )
 )
 
 
 def is_cast(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and call_name(node) in CASTS
+    return torch_name(node) in CASTS
 
 
 def is_view(node: Node) -> bool:
-    return node.op in ("call_function", "call_method") and call_name(node) in VIEWS
+    return torch_name(node) in VIEWS
+
+
+def is_expand(node: Node) -> bool:
+    """Whether the node repeats its first operand along dims, as broadcasting would."""
+    return torch_name(node) in EXPANDS
 
 
 def is_reshape(node: Node) -> bool:
     """Whether the node has the elements of its first operand, in their order, in another shape."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    return call_name(node) in RESHAPES or _takes_all(node)
+    return torch_name(node) in RESHAPES or _takes_all(node)
 
 
 def _takes_all(node: Node) -> bool:
     """x[..., None], x[:] and the like: slices, which run forward, that leave nothing out."""
-    name = call_name(node)
+    name = torch_name(node)
     if name not in ("getitem", "slice") or len(node.args) < 2:
         return False
     before, after = tensor_of(node.args[0]), tensor_of(node)
@@ -61,8 +69,8 @@ def readers(node: Node) -> list[Node]:
 
 def gather_of(node: Node) -> tuple[Node, Node] | None:
     """(source, index) when the node takes rows of `source` by a tensor of integers: source[index], one index per row."""
-    name = call_name(node)
-    if node.op not in ("call_function", "call_method") or len(node.args) < 2 or node.kwargs:
+    name = torch_name(node)
+    if len(node.args) < 2 or node.kwargs:
         return None
     source, index = node.args[0], node.args[1]
     if name == "index_select" and len(node.args) == 3 and node.args[1] == 0:

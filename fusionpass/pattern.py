@@ -1,8 +1,8 @@
 """The core: which adds are, or nearly are, a + sigmoid(gate) * b.
 
 `find` walks backwards from one add-like node and returns every way to read it as the formula, best first, without
-judging: judging is the guards' work. A reading that goes through views, casts or a scale is a near miss, kept so that the
-report can say what stood in between.
+judging: judging is the guards' work. A reading that goes through casts, other views or a scale is a near miss, kept so that
+the report can say what stood in between.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from fusionpass.identity import torch_name
 from fusionpass.match import Refusal, Site
-from fusionpass.nodes import is_cast, is_view
+from fusionpass.nodes import is_cast, is_expand, is_reshape, is_view
 from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
 from fusionpass.vocabulary import Meaning, Vocabulary
-from fusionpass.writes import call_name
 
 # How many views and casts a near miss may lie behind; real models have at most 3 (chunk, getitem, cast).
 REACH = 4
+# The formula's sum or product as part of one node that the pass does not read, and what that node computes.
+OTHER_SUMS = {"lerp": "a + sigmoid(gate) * (b - a)", "index_add": "a sum at the places that an index names"}
+OTHER_PRODUCTS = {"glu": "b * sigmoid(gate) of the halves of one tensor", "einsum": "a product with the sigmoid"}
+
+# The operations at which a reading begins.
+ANCHORS = ("add", "add_", "addcmul", "addcmul_", *OTHER_SUMS)
+
+Reading = tuple[Site | None, Refusal | None]
 
 
-def is_sum(words: Vocabulary, node: Node) -> bool:
-    return words.operation(node) in ("add", "add_", "addcmul", "addcmul_")
-
-
-def find(words: Vocabulary, add: Node) -> Iterator[tuple[Site, Refusal | None]]:
+def find(words: Vocabulary, add: Node) -> Iterator[Reading]:
     """Every reading of `add` as the formula, with what stands between its nodes (None: nothing does).
 
     The right-hand addend is read as the product first, then the left-hand one, and in a product its left factor as the
@@ -33,33 +37,34 @@ def find(words: Vocabulary, add: Node) -> Iterator[tuple[Site, Refusal | None]]:
     """
     total = words.meaning(add)
     if total is None:
-        return
-    if total.op == "addcmul":
+        yield from _other_sum(words, add)
+    elif total.op == "addcmul":
         yield from _readings_of_addcmul(words, add, total)
-        return
-    if len(total.operands) != 2:
-        return
-    left, right = total.operands
-    for addend, a in ((right, left), (left, right)):
-        product, between = walk_back(addend)
-        meaning = words.meaning(product)
-        if product is None or meaning is None or meaning.op != "mul" or len(meaning.operands) != 2:
-            continue
-        refusal = obstacle(between, product, add) or total.oddity or meaning.oddity
-        if meaning.in_place:
-            refusal = refusal or Refusal(
-                "in-place", "{} multiplies in place, so {} holds the product afterwards", product, meaning.operands[0]
-            )
-        for gated, b in (meaning.operands, meaning.operands[::-1]):
-            yield from _readings(words, (add, total), [product, *reversed(between)], a, gated, b, refusal)
+    elif len(total.operands) == 2:
+        left, right = total.operands
+        for addend, a in ((right, left), (left, right)):
+            yield from _readings_of_addend(words, add, total, addend, a)
 
 
-def _readings_of_addcmul(words: Vocabulary, add: Node, total: Meaning) -> Iterator[tuple[Site, Refusal | None]]:
+def _readings_of_addcmul(words: Vocabulary, add: Node, total: Meaning) -> Iterator[Reading]:
     if len(total.operands) != 3:
         return
     a, left, right = total.operands
     for gated, b in ((left, right), (right, left)):
         yield from _readings(words, (add, total), [], a, gated, b, total.oddity)
+
+
+def _readings_of_addend(words: Vocabulary, add: Node, total: Meaning, addend: object, a: object) -> Iterator[Reading]:
+    product, between = walk_back(words, addend)
+    meaning = words.meaning(product)
+    if product is None:
+        return
+    if meaning is None or meaning.op != "mul" or len(meaning.operands) != 2:
+        yield from _other_product(words, add, product)
+        return
+    refusal = obstacle(words, between, product, add, _keeps_rows) or total.oddity or meaning.oddity
+    for gated, b in (meaning.operands, meaning.operands[::-1]):
+        yield from _readings(words, (add, total), [product, *reversed(between)], a, gated, b, refusal)
 
 
 def _readings(
@@ -70,45 +75,130 @@ def _readings(
     gated: object,
     b: object,
     refusal: Refusal | None,
-) -> Iterator[tuple[Site, Refusal | None]]:
+) -> Iterator[Reading]:
     add, meaning_of_sum = total
     product = handed_on[0] if handed_on else add
-    sigmoid, between = walk_back(gated)
-    scale = words.meaning(sigmoid)
-    if scale is not None and scale.op == "mul" and sigmoid is not None:  # a + (2 * sigmoid(g)) * b
-        factors = [f for f in scale.operands if isinstance(f, Node)]
-        if len(factors) == 1 and words.operation(factors[0]) in ("sigmoid", "sigmoid_"):
-            refusal = refusal or Refusal("scaled", "{} scales the sigmoid before the product", sigmoid)
-            sigmoid = factors[0]
+    sigmoid, between = walk_back(words, gated)
+    scaled = _scaled_sigmoid(words, sigmoid)
+    if scaled is not None:
+        written = words.meaning(sigmoid)
+        if written.in_place and written.operands[0] is scaled:
+            refusal = refusal or Refusal("mutation-between", "{} may write {} before {}", sigmoid, scaled, product)
+        refusal = refusal or Refusal("scaled", "{} multiplies {} once more", product, sigmoid)
+        sigmoid, between = scaled, []
     meaning = words.meaning(sigmoid)
     if sigmoid is None or meaning is None or meaning.op != "sigmoid" or len(meaning.operands) != 1:
         return
-    refusal = refusal or obstacle(between, sigmoid, product) or meaning.oddity
-    if meaning.in_place:
-        refusal = refusal or Refusal("in-place", "{} overwrites the gate logit {}", sigmoid, meaning.operands[0])
+    refusal = refusal or obstacle(words, between, sigmoid, product, _keeps_gates) or meaning.oddity
     (gate,) = meaning.operands
     for name, operand in (("a", a), ("b", b), ("gate", gate)):
         if not isinstance(operand, Node):
             refusal = refusal or Refusal("scalar-operand", "{} of {} is {!r}, not a tensor", name, add, operand)
     parts = [sigmoid, *reversed(between), *handed_on, add]
-    yield Site(add, product, sigmoid, a, gate, b, parts, handed_on, writes_a=meaning_of_sum.in_place), refusal
+    overwrites = meaning_of_sum.operands[0] if meaning_of_sum.in_place else None
+    site = Site(add, product, sigmoid, a, gate, b, parts, handed_on, overwrites=overwrites)
+    site.in_place = {
+        node: m.operands[0] for node in parts if (m := words.meaning(node)) and m.in_place and node is not add
+    }
+    refusal = refusal or _see_through_views(words, site, list(reversed(between)))
+    yield site, refusal
 
 
-def walk_back(value: object) -> tuple[Node | None, list[Node]]:
-    """The first node behind `value` that is no view and no cast, and the views and casts before it, nearest last."""
+def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:
+    """The sigmoid in 2 * sigmoid(g), in sigmoid(g) * b, in a mask times either: something is multiplied once more."""
+    for _ in range(REACH):
+        meaning = words.meaning(node)
+        if meaning is None or meaning.op != "mul":
+            return None
+        factors = [walk_back(words, factor)[0] for factor in meaning.operands]
+        for factor in factors:
+            if words.operation(factor) in ("sigmoid", "sigmoid_"):
+                return factor
+        node = next((factor for factor in factors if words.operation(factor) in ("mul", "mul_")), None)
+    return None
+
+
+def _other_sum(words: Vocabulary, add: Node) -> Iterator[Reading]:
+    if any(_is_gated(words, operand) for operand in add.all_input_nodes):
+        operation = words.operation(add)
+        yield None, Refusal("other-form", "{} ({}) computes {} in one node", add, operation, OTHER_SUMS[operation])
+
+
+def _other_product(words: Vocabulary, add: Node, product: Node) -> Iterator[Reading]:
+    einsum = words.einsum(product)
+    name = words.operation(product) if einsum is None else "einsum"
+    if name == "glu" or (einsum is not None and any(_is_gated(words, operand) for operand in product.all_input_nodes)):
+        text = "{} adds {} ({}), which computes {} in one node"
+        yield None, Refusal("other-form", text, add, product, name, OTHER_PRODUCTS[name])
+
+
+def _is_gated(words: Vocabulary, operand: Node) -> bool:
+    """Whether the operand is a sigmoid or a product with one."""
+    node, _ = walk_back(words, operand)
+    return words.operation(node) in ("sigmoid", "sigmoid_") or _scaled_sigmoid(words, node) is not None
+
+
+def walk_back(words: Vocabulary, value: object) -> tuple[Node | None, list[Node]]:
+    """The first node behind `value` that is no view, cast or dropout, and those before it, nearest last."""
     between: list[Node] = []
-    while isinstance(value, Node) and (is_view(value) or is_cast(value)) and len(between) < REACH and value.args:
+    while isinstance(value, Node) and len(between) < REACH and value.args:
+        if not (is_view(value) or is_cast(value) or words.operation(value) == "dropout"):
+            break
         between.append(value)
         value = value.args[0]
     return (value if isinstance(value, Node) else None), between
 
 
-def obstacle(between: list[Node], source: Node, reader: Node) -> Refusal | None:
-    """Why the nodes between `source` and `reader` matter; None when each of them hands on the very same tensor."""
+def obstacle(words: Vocabulary, between: list[Node], source: Node, reader: Node, harmless) -> Refusal | None:
+    """Why the nodes between `source` and `reader` matter; None when each hands on the very same tensor, or is `harmless`."""
     for node in between:
-        if not is_identity(node):
+        if words.operation(node) == "dropout":
+            if not words.drops_nothing(node):
+                return Refusal("dropout-between", "{} reaches {} through {}, which drops some", source, reader, node)
+        elif not is_identity(node) and not harmless(node):
             kind = "cast-between" if is_cast(node) else "view-between"
             return Refusal(kind, "{} reaches {} through {}", source, reader, node)
+    return None
+
+
+def _keeps_gates(node: Node) -> bool:
+    """Whether a view after the sigmoid leaves each gate with its rows: in their order, or the same for many columns."""
+    return _keeps_rows(node) or is_expand(node)
+
+
+def _keeps_rows(node: Node) -> bool:
+    """Whether a view after the product leaves its elements in their order; `view(dtype)` would read other numbers."""
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    return is_reshape(node) and before is not None and after is not None and before.dtype == after.dtype
+
+
+def _see_through_views(words: Vocabulary, site: Site, after_sigmoid: list[Node]) -> Refusal | None:
+    """Give the gate and b the shapes that the views between the formula's nodes give the sigmoid and the product."""
+    views = [node for node in after_sigmoid if words.operation(node) != "dropout" and not is_identity(node)]
+    moved = [node for node in site.handed_on[1:] if words.operation(node) != "dropout" and not is_identity(node)]
+    if not (views or moved):
+        return None
+    refusal = Refusal("view-between", "{} reaches {} through {}", site.sigmoid, site.add, (views + moved)[0])
+    needed = (site.gate, site.b, site.product, site.add, *views, *moved)
+    if any(tensor_of(node) is None for node in needed):
+        return refusal
+    reshapes = [node for node in views if not is_expand(node)]
+    if any(is_expand(node) for node in views[: len(reshapes)]):  # a reshape behind an expand: the gates are many
+        return refusal
+    gate = tensor_of(reshapes[-1] if reshapes else site.gate).shape
+    site.gate_shape = tuple(gate) if reshapes else None
+    if not moved:
+        return None
+    product, total, b = (tensor_of(node).shape for node in (site.product, site.add, site.b))
+    if not (product and total) or not known_equal(product[-1], total[-1]) or not same_sizes(b, product):
+        return refusal
+    if same_sizes(gate, (*product[:-1], 1)):
+        site.gate_shape = (*total[:-1], 1)
+    elif same_sizes(gate, product):
+        site.gate_shape = tuple(total)
+    else:
+        return refusal
+    site.b_shape = tuple(total)
     return None
 
 
@@ -119,7 +209,7 @@ def is_identity(node: Node) -> bool:
         return False
     key = storage_key(before)
     return (
-        call_name(node) != "detach"  # the same memory, but no gradient
+        torch_name(node) != "detach"  # the same memory, but no gradient
         and key is not None
         and key == storage_key(after)
         and same_sizes(before.shape, after.shape)

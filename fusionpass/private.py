@@ -20,6 +20,7 @@ WHERE = {
     "HigherOrderOperator": "torch._ops",
     "OpOverload": "torch._ops",
     "OpOverloadPacket": "torch._ops",
+    "_has_any_global_hook": "torch.nn.modules.module",
     # compilers
     "list_backends": "torch._dynamo",
     "lookup_backend": "torch._dynamo.backends.registry",

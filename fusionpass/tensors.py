@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fusionpass.kernels.contract import listed
 from fusionpass.private import FakeTensor
@@ -26,10 +27,29 @@ def value_of(node: Node) -> Any:
     return meta["val"] if "val" in meta else meta.get("example_value")
 
 
+def attribute(owner: torch.nn.Module, path: str) -> Any:
+    """What a `get_attr` node gets, None where there is nothing."""
+    value: Any = owner
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
 def tensor_of(node: object) -> torch.Tensor | None:
     """The node's fake tensor, or None when the value is no tensor or was not recorded."""
     value = value_of(node) if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def settled(argument: Any) -> Any:
+    """An argument of a call with the numbers that the tracer recorded for the nodes in it: sizes and dims are nodes in a
+    graph of `symbolic_trace`. A node that holds a tensor, or of which nothing is recorded, stays."""
+    if isinstance(argument, Node):
+        value = value_of(argument)
+        return argument if value is None or isinstance(value, torch.Tensor) else settled(value)
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(settled, argument))
+    return argument
 
 
 def known_equal(left: Any, right: Any) -> bool:
@@ -71,6 +91,11 @@ def known_contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on around the pass for a device's ops; some devices know no autocast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def shape_text(tensor: torch.Tensor) -> str:
     return listed(tensor.shape)
 
@@ -88,3 +113,12 @@ def storage_key(tensor: torch.Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return None
+
+
+def storage_keys(tensor: torch.Tensor) -> list[int]:
+    """The same of every tensor that a wrapper subclass (DTensor, a quantised weight) is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return [key for name in names for key in storage_keys(getattr(tensor, name))]
+    key = storage_key(tensor)
+    return [] if key is None else [key]

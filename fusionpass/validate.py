@@ -39,7 +39,8 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> No
     old = [site.end] if site.norm is None else [site.end, site.norm.result]
     found = [new.total] if new.normed is None else [new.total, new.normed]
     # What the site computes itself is computed on both sides: in a + s * s, b is the sigmoid.
-    operands = [node for node in new.op.all_input_nodes if node not in site.parts]
+    operands = [node.args[0] if node in new.views else node for node in new.op.all_input_nodes]
+    operands = [node for node in operands if node not in site.parts]
     inside, leaves = _region(old, operands)
     if any(tensor_of(node) is not None and _size_of(tensor_of(node)) is None for node in (*old, *leaves)):
         raise VerificationFailed(f"{_named(site)}: its sizes are not known before it runs; leave out option 'verify'")

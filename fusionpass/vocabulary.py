@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from fusionpass.identity import method_name, torch_name
 from fusionpass.match import Refusal
-from fusionpass.tensors import tensor_of
-from fusionpass.writes import has_hooks
+from fusionpass.modules import has_hooks, is_plain
+from fusionpass.private import OpOverload
+from fusionpass.tensors import settled, tensor_of
 
 aten = torch.ops.aten
 
@@ -38,9 +40,11 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "shift": (("self",), ("other",)),
     "rsqrt": (("input", "self"),),
     "masked_fill": (("input", "self"), ("mask",), ("value",)),
+    "dropout": (("input", "self"), ("p",), ("training", "train"), ("inplace",)),
 }
 # What may be left out, and then is None: a bias, a norm's weight and eps, what a reduction is over.
-OPTIONAL = {("linear", 2), ("rms_norm", 2), ("rms_norm", 3)} | {(op, i) for op in ("sum", "mean") for i in (1, 2, 3)}
+OPTIONAL = {("linear", 2), ("rms_norm", 2), ("rms_norm", 3)}
+OPTIONAL |= {(op, i) for op in ("sum", "mean", "dropout") for i in (1, 2, 3)}
 # Keyword -> the only value under which the operation is the plain formula.
 NEUTRAL = {"alpha": 1, "value": 1, "beta": 1, "out": None, "inplace": False}
 
@@ -96,8 +100,20 @@ FUNCTIONS: dict[Any, str] = {
     aten.square.default: "square",
     torch.rsqrt: "rsqrt",
     aten.rsqrt.default: "rsqrt",
+    F.dropout: "dropout",
+    torch.dropout: "dropout",
+    aten.dropout.default: "dropout",
     torch.masked_fill: "masked_fill",
     aten.masked_fill.Scalar: "masked_fill",
+}
+# Read as near misses only: the formula, or its neighbour, in one node.
+FUNCTIONS |= {
+    torch.lerp: "lerp",
+    aten.lerp.Tensor: "lerp",
+    torch.index_add: "index_add",
+    aten.index_add.default: "index_add",
+    F.glu: "glu",
+    aten.glu.default: "glu",
 }
 EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
 METHODS: dict[str, str] = {
@@ -129,11 +145,18 @@ METHODS: dict[str, str] = {
     "square": "square",
     "rsqrt": "rsqrt",
     "masked_fill": "masked_fill",
+    "lerp": "lerp",
+    "lerp_": "lerp",
+    "index_add": "index_add",
+    "index_add_": "index_add",
 }
+OPS_BY_HAND = METHODS | {"linear": "linear", "rms_norm": "rms_norm", "dropout": "dropout"}
 MODULES: dict[type, str] = {
     torch.nn.Sigmoid: "sigmoid",
     torch.nn.Linear: "linear",
     torch.nn.RMSNorm: "rms_norm",
+    torch.nn.Dropout: "dropout",
+    torch.nn.GLU: "glu",
 }
 
 
@@ -168,9 +191,11 @@ class Vocabulary:
         if not isinstance(node, Node):
             return None
         if node.op == "call_function":
-            return FUNCTIONS.get(node.target)
+            target = node.target
+            found = FUNCTIONS.get(target)
+            return found if found or isinstance(target, OpOverload) else OPS_BY_HAND.get(method_name(target))
         if node.op == "call_method":
-            return METHODS.get(str(node.target))
+            return METHODS.get(torch_name(node))
         if node.op == "call_module":
             return MODULES.get(type(self.module(node)))
         return None
@@ -178,20 +203,23 @@ class Vocabulary:
     def meaning(self, node: object) -> Meaning | None:
         """What the node computes, None for anything outside the formula."""
         name = self.operation(node)
-        if name is None or not isinstance(node, Node):
+        op = name.removesuffix("_") if name is not None else ""
+        if op not in PARAMETERS or not isinstance(node, Node):
             return None
-        op = name.removesuffix("_")
         if node.op == "call_module":
             return self._module_meaning(node, op)
         operands, oddity = _bind(node, op)
         return Meaning(op, operands, name != op, oddity)
 
+    def operands(self, node: object, op: str) -> tuple[Any, ...] | None:
+        """The operands when the node is a plain `op`, out of place or in place."""
+        meaning = self.meaning(node)
+        return meaning.operands if meaning is not None and meaning.op == op and meaning.oddity is None else None
+
     def plain(self, node: object, op: str) -> tuple[Any, ...] | None:
         """The operands when the node is a plain, out-of-place `op`."""
         meaning = self.meaning(node)
-        if meaning is None or meaning.op != op or meaning.in_place or meaning.oddity is not None:
-            return None
-        return meaning.operands
+        return None if meaning is None or meaning.in_place else self.operands(node, op)
 
     def reduces(self, node: Node, dim: int, *, keepdim: bool) -> bool:
         """Whether a sum or mean is over just this dim of its input, and keeps its dtype."""
@@ -199,7 +227,10 @@ class Vocabulary:
         if operands is None or tensor_of(operands[0]) is None:
             return False
         source, dims, kept, dtype = operands
+        dims = settled(dims)
         dims = (dims,) if isinstance(dims, int) else tuple(dims or ())
+        if not all(isinstance(d, int) for d in dims):
+            return False
         rank = tensor_of(source).dim()
         return [d % rank for d in dims] == [dim] and bool(kept) == keepdim and dtype in (None, tensor_of(node).dtype)
 
@@ -207,8 +238,13 @@ class Vocabulary:
         """Whether the node is source ** 2, in any spelling."""
         power = self.plain(node, "pow")
         if power is not None:
-            return power[0] is source and power[1] == 2
+            return power[0] is source and settled(power[1]) == 2
         return self.plain(node, "square") == (source,) or self.plain(node, "mul") == (source, source)
+
+    def drops_nothing(self, node: Node) -> bool:
+        """Whether a dropout hands its input on: not in training. A module's mode is its owner's to change."""
+        operands = self.plain(node, "dropout") if node.op != "call_module" else None
+        return operands is not None and operands[2] is False
 
     def einsum(self, node: Node) -> tuple[str, tuple[Any, ...]] | None:
         """(equation, operands) of an einsum."""
@@ -219,15 +255,26 @@ class Vocabulary:
 
     def _module_meaning(self, node: Node, op: str) -> Meaning:
         module = self.module(node)
-        oddity = Refusal("module-hook", "module {} has hooks, which run code of their own", node.target)
-        operands: tuple[Any, ...] = tuple(node.args)
+        operands, oddity = _module_operands(node)
+        if has_hooks(module):
+            oddity = Refusal("module-hook", "module {} has hooks, which run code of their own", node.target)
+        elif not is_plain(module):
+            oddity = Refusal("module-forward", "module {} runs a forward that is not torch's own", node.target)
         if op == "linear":
             bias = f"{node.target}.bias" if module.bias is not None else None
             operands = (*operands, f"{node.target}.weight", bias)
         if op == "rms_norm":
             weight = None if module.weight is None else f"{node.target}.weight"
             operands = (*operands, module.normalized_shape, weight, module.eps)
-        return Meaning(op, operands, oddity=oddity if has_hooks(module) or node.kwargs else None)
+        return Meaning(op, operands, oddity=oddity)
+
+
+def _module_operands(node: Node) -> tuple[tuple[Any, ...], Refusal | None]:
+    """What the module is called with: one tensor, by position or by the name that torch's modules have for it."""
+    given = (*node.args, *(value for name, value in node.kwargs.items() if name in ("input", "x")))
+    if len(given) == len(node.args) + len(node.kwargs) == 1:
+        return given, None
+    return given, Refusal("odd-call", "module {} is called with {}", node.target, [*node.args, *node.kwargs])
 
 
 def _bind(node: Node, op: str) -> tuple[tuple[Any, ...], Refusal | None]:

@@ -1,8 +1,9 @@
 """What a single node does besides compute its value: the operands it writes, the modes it switches.
 
-Read off the schema where the target has one, and off PyTorch's naming rule (a trailing underscore, `out=`, `inplace=`) for
-torch functions, Tensor methods and ops whose schema declares no write. A callable that is none of these, such as a function
-kept by `torch.fx.wrap`, a leaf module of one's own or a higher-order op, is taken to write all it is given.
+What is not known to be pure is a write. Known are: ops, by their schema; torch's public functions and Tensor methods, by
+PyTorch's naming rule (a trailing underscore, `out=`, `inplace=`); untouched modules of torch.nn. A few of these keep
+running statistics and declare nothing; they are listed here. Everything else, such as numpy code that Dynamo wraps, a
+function kept by `torch.fx.wrap` or a leaf module of one's own, may write all it is given, and all else.
 """
 
 from __future__ import annotations
@@ -15,16 +16,28 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fusionpass.identity import inner_name, is_packet_of_aten, is_public, name_of, torch_name
+from fusionpass.modules import is_pure
 from fusionpass.private import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor iconcat setitem delitem".split()
 )
-# They update running statistics, or renormalise a weight, that they are given.
-_STATEFUL_FUNCTIONS = frozenset(
-    "batch_norm instance_norm native_batch_norm cudnn_batch_norm embedding_bag embedding_renorm_ "
-    "fused_moving_avg_obs_fake_quant sync_batch_norm".split()
+# They update running statistics that they are given, and no schema says so. Each has an argument that switches it off.
+_KEEP_STATISTICS = {
+    "batch_norm": "training",
+    "_batch_norm_impl_index": "training",
+    "native_batch_norm": "training",
+    "cudnn_batch_norm": "training",
+    "miopen_batch_norm": "training",
+    "instance_norm": "use_input_stats",
+}
+# The same without such an argument, and those that renormalise a weight.
+_STATEFUL = frozenset(
+    "batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_update_stats _cudnn_rnn_flatten_weight "
+    "embedding_renorm_ _no_grad_embedding_renorm_ fused_moving_avg_obs_fake_quant sync_batch_norm".split()
 )
+_RENORMALISING = frozenset("embedding embedding_bag".split())  # under max_norm
 METADATA_WRITES = frozenset(
     "t_ transpose_ swapaxes_ swapdims_ unsqueeze_ squeeze_ resize_ resize_as_ set_ as_strided_ rename_ "
     "detach_ requires_grad_ movedim_".split()
@@ -37,30 +50,33 @@ _STATE_CHANGES = frozenset(
 _FUNCTORCH_LEVELS = ("_increment_nesting", "_decrement_nesting", "wrap_for_grad", "_batch_dim")
 
 
-def call_name(node: Node) -> str:
-    """The bare name of what a node calls: "view" for the method, the function and `aten.view.default` alike."""
-    target = node.target
-    if isinstance(target, str):
-        return target
-    if isinstance(target, OpOverload):
-        return target.overloadpacket.__name__
-    return getattr(target, "__name__", "")
+def metadata_write(node: Node) -> bool:
+    """Whether the node changes the shape or strides of its first operand in place."""
+    return torch_name(node) in METADATA_WRITES
 
 
-def is_functorch_level(node: Node) -> bool:
-    """Whether the node opens or closes a vmap, grad or jvp level, or takes a value into or out of one."""
-    return node.op == "call_function" and call_name(node).endswith(_FUNCTORCH_LEVELS)
+def level_change(node: Node) -> int:
+    """1 where the node opens a vmap, grad or jvp level of torch.func, -1 where it closes one, else 0."""
+    name = inner_name(node.target) if node.op == "call_function" else ""
+    return name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+
+
+def is_functorch(node: Node) -> bool:
+    """Whether the node opens or closes a level of torch.func, or takes a value into or out of one."""
+    return node.op == "call_function" and inner_name(node.target).endswith(_FUNCTORCH_LEVELS)
 
 
 def changes_state(node: Node) -> bool:
     """Whether later nodes run under another grad mode, autocast mode, functorch level or stream than earlier ones."""
     if node.op != "call_function":
         return False
-    name = call_name(node)
-    return (
+    if isinstance(node.target, OpOverload) and node.target.namespace == "streams":
+        return True
+    name = inner_name(node.target)
+    return bool(name) and (
         name in _STATE_CHANGES
         or name.startswith(("_enter_", "_exit_", "_push_", "_pop_"))
-        or is_functorch_level(node)
+        or name.endswith(_FUNCTORCH_LEVELS)
         or "stream" in name
         or name in ("record_event", "wait_event")
     )
@@ -70,36 +86,53 @@ def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequ
     """The operands whose memory the node writes, and whether it may write memory it was not given."""
     target = node.target
     if node.op == "call_module":
-        return (() if _is_pure_module(modules.get(str(target))) else node.all_input_nodes), False
-    out = node.kwargs.get("out")
-    written = list(nodes_in(out)) if out is not None else []
+        return ((), False) if is_pure(modules.get(str(target))) else (node.all_input_nodes, True)
     if node.op == "call_method":
-        name = str(target)
-        if (
-            _names_a_write(name)
-            or (name.startswith("__i") and name.strip("_") in _INPLACE_OPERATORS)
-            or name == "__setitem__"
-        ):
-            written += nodes_in(node.args[:1])
-        return written, False
+        return _written_by_method(node), False
     if isinstance(target, OpOverload):
         return _schema_writes(target, node), False
     if isinstance(target, HigherOrderOperator):
         return node.all_input_nodes, False
-    if isinstance(target, OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket) and not is_packet_of_aten(target):
         mutable = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
         return (node.all_input_nodes if mutable else ()), False
-    module = getattr(target, "__module__", None) or ""
-    name = call_name(node)
-    if module == "_operator":
-        return (nodes_in(node.args[:1]) if name in _INPLACE_OPERATORS else written), False
-    if module in ("math", "builtins") or module.split(".")[0] in ("torch", "einops"):
-        if name in _STATEFUL_FUNCTIONS or (name == "embedding" and _argument(target, node, "max_norm") is not None):
-            return node.all_input_nodes, False
-        if _names_a_write(name) or _argument(target, node, "inplace"):
-            written += nodes_in(node.args[:1] or tuple(node.kwargs.values())[:1])
-        return written, False
+    if changes_state(node):
+        return (), False
+    if is_packet_of_aten(target) or is_public(target) or _is_of_einops(target):
+        return _written_by_function(node), False
     return node.all_input_nodes, True
+
+
+def _written_by_method(node: Node) -> Sequence[Node]:
+    name = str(node.target)
+    written = list(nodes_in(node.kwargs.get("out")))
+    in_place = name.startswith("__i") and name.strip("_") in _INPLACE_OPERATORS
+    if _names_a_write(name) or in_place or name == "__setitem__":
+        written += nodes_in(node.args[:1])
+    return written
+
+
+def _written_by_function(node: Node) -> Sequence[Node]:
+    name = name_of(node.target)
+    written = list(nodes_in(node.kwargs.get("out")))
+    if name.strip("_") in _INPLACE_OPERATORS:  # Python's own, and `torch.Tensor.__iadd__`
+        return [*written, *nodes_in(node.args[:1])]
+    if _keeps_statistics(node, name) or (_names_a_write(name) and name.startswith("_")):  # _foreach_add_, _fused_adam_
+        return node.all_input_nodes
+    if _names_a_write(name) or _argument(node.target, node, "inplace"):
+        written += nodes_in(node.args[:1] or tuple(node.kwargs.values())[:1])
+    return written
+
+
+def _keeps_statistics(node: Node, name: str) -> bool:
+    """Whether torch's function or op of this name updates what it is given, without a word of it in name or schema."""
+    if name in _KEEP_STATISTICS:
+        return _argument(node.target, node, _KEEP_STATISTICS[name]) is not False
+    return name in _STATEFUL or (name in _RENORMALISING and _argument(node.target, node, "max_norm") is not None)
+
+
+def _is_of_einops(target: Any) -> bool:
+    return (getattr(target, "__module__", None) or "").partition(".")[0] == "einops"
 
 
 def _names_a_write(name: str) -> bool:
@@ -119,34 +152,25 @@ def _written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def _schema_writes(target: OpOverload, node: Node) -> list[Node]:
-    if _names_a_write(call_name(node)) and not target._schema.is_mutable:
-        return node.all_input_nodes  # c10d's collectives: `allreduce_` writes its tensors and does not declare it
+    # c10d's collectives have a name that says it, such as `allreduce_`, and declare nothing.
+    undeclared = not target._schema.is_mutable and _names_a_write(target.overloadpacket.__name__)
+    if undeclared or (target.namespace == "aten" and _keeps_statistics(node, target.overloadpacket.__name__)):
+        return node.all_input_nodes
     written: list[Node] = []
     for index, name in _written_arguments(target):
         written += nodes_in(node.args[index] if index < len(node.args) else node.kwargs.get(name))
     return written
 
 
-def _is_pure_module(module: torch.nn.Module | None) -> bool:
-    """A module of torch.nn that neither works in place, nor keeps statistics, nor has hooks."""
-    if module is None or not type(module).__module__.startswith("torch.nn.modules"):
-        return False
-    if getattr(module, "inplace", False) or isinstance(module, torch.nn.modules.batchnorm._NormBase):
-        return False
-    return not has_hooks(module) and not any(module.children())
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling the module runs forward or backward hooks besides its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 @cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The names of a call's parameters, in order; None where nobody tells."""
+    if isinstance(function, OpOverload):
+        return tuple(argument.name for argument in function._schema.arguments)
+    if isinstance(function, OpOverloadPacket):
+        return None
     try:
-        return inspect.signature(function)
+        return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # a builtin: torch's write in place only by name or `out=`
         return None
 
@@ -155,8 +179,8 @@ def _argument(function: Any, node: Node, name: str) -> Any:
     """The value the call gives to the parameter `name`, None when it gives none."""
     if name in node.kwargs:
         return node.kwargs[name]
-    signature = _signature(function)
-    if signature is None or name not in signature.parameters:
+    parameters = _parameters(function)
+    if parameters is None or name not in parameters:
         return None
-    index = list(signature.parameters).index(name)
+    index = parameters.index(name)
     return node.args[index] if index < len(node.args) else None

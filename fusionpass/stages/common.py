@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch.fx import Node
 
 from fusionpass.effects import Effects
-from fusionpass.kernels.contract import MOST_COLUMNS
+from fusionpass.kernels.contract import DTYPES, MOST_COLUMNS, listed
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
@@ -22,7 +22,7 @@ CODES = {
     "hidden-size": "the number of columns is no fixed number within the limit",
     "no-metadata": "the tracer recorded no tensor for an operand",
     "shape": "an operand does not have the shape that the formula needs, or it is not known to",
-    "dtype": "an operand differs in dtype from the sum",
+    "dtype": "an operand or a result has a dtype that the op does not take or give",
     "subclass": "an operand is a tensor subclass or not strided",
     "device": "an operand lives on another device",
     "stride": "eager lays the result out in memory otherwise than the op does",
@@ -36,9 +36,9 @@ def combinable(site: Site, options: Options) -> Refusal | None:
     """Why the site's formula cannot be computed by `moe_combine` at all."""
     if options.numerics == "eager":
         return Refusal("numerics-eager", "numerics 'eager' keeps what is around {} as it is", site.add)
-    a, gate = tensor_of(site.a), tensor_of(site.gate)
-    if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
-        return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
+    a, gate = tensor_of(site.a), gate_sizes(site)
+    if not same_sizes(gate, (*a.shape[:-1], 1)):
+        return Refusal("gate-columns", "the gate is {}, a {}", listed(gate), shape_text(a))
     columns = fixed(a.shape[-1])
     if columns is None:
         return Refusal("hidden-size", "a has {} columns, which no trace fixes", a.shape[-1])
@@ -49,6 +49,11 @@ def combinable(site: Site, options: Options) -> Refusal | None:
             if tensor_of(node) is not None and tensor_of(node).requires_grad:
                 return Refusal("needs-grad", "{} requires gradients, which only the formula's ops have", node)
     return None
+
+
+def gate_sizes(site: Site) -> tuple:
+    """The shape in which the formula sees the gate."""
+    return tuple(tensor_of(site.gate).shape) if site.gate_shape is None else site.gate_shape
 
 
 def behind(node: Node, parts: list[Node], *, casts: bool = False) -> Node:
@@ -75,17 +80,18 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
     return None
 
 
-def kinds(site: Site, same: Sequence, wider: Sequence = (), whole: Sequence = ()) -> Refusal | None:
-    """The (name, tensor) pairs must be plain, on the sum's device and of its dtype; the `wider` ones may be float32, and the
-    `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
+def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
+    """The (name, tensor) pairs must be plain and on the sum's device. The op computes in float32, so the `floats` may be of
+    any dtype that it takes; the `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
     total = tensor_of(site.add)
-    groups = (same, (total.dtype,)), (wider, (total.dtype, torch.float32)), (whole, None)
-    for group, dtypes in groups:
+    for group, dtypes in ((floats, DTYPES), (whole, None)):
         for name, tensor in group:
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
                 return Refusal("subclass", "{} is a {} of layout {}", name, type(tensor).__name__, tensor.layout)
             if dtypes is not None and tensor.dtype not in dtypes:
-                return Refusal("dtype", "{} is {}, the sum {}", name, dtype_text(tensor.dtype), dtype_text(total.dtype))
+                return Refusal(
+                    "dtype", "{} is {}: allowed are bfloat16, float16, float32", name, dtype_text(tensor.dtype)
+                )
             if tensor.device != total.device:
                 return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, total.device)
             if tensor.requires_grad and torch.is_grad_enabled():
@@ -93,8 +99,11 @@ def kinds(site: Site, same: Sequence, wider: Sequence = (), whole: Sequence = ()
     return None
 
 
-def movable(reads: Sequence, first: Node, now: Node, effects: Effects) -> Refusal | None:
-    """Whether the operands, (name, node, where it is read until now), may be read at `now`; `first` begins the stage."""
+def movable(reads: Sequence, first: Node, now: Node, effects: Effects, own: Collection[Node] = ()) -> Refusal | None:
+    """Whether the operands, (name, node, where it is read until now), may be read at `now`; `first` begins the stage.
+
+    own: nodes of the stage itself, whose writes go with them.
+    """
     change = effects.state_change_between(first, now)
     if change is not None:
         return Refusal("state-change-between", "{} runs between {} and {}", change, first, now)
@@ -102,13 +111,29 @@ def movable(reads: Sequence, first: Node, now: Node, effects: Effects) -> Refusa
         if node is None:
             continue
         by_path = isinstance(node, str)  # a parameter of a module, for which the graph has no node
-        writer = effects.any_write_between(read, now) if by_path else effects.write_between(node, read, now)
+        writer = effects.any_write_between(read, now) if by_path else effects.write_between(node, read, now, own)
         if writer is not None:
             return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, now)
         writer = None if by_path else effects.reshaped_by(node)
         if writer is not None:
             return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
     return None
+
+
+def narrowed(total: Node) -> Node | None:
+    """The one cast of a float32 sum to a 16-bit dtype, where there is just one."""
+    if tensor_of(total).dtype is not torch.float32:
+        return None
+    casts = [reader for reader in readers(total) if is_cast(reader) and reader.args[:1] == (total,)]
+    narrow = [cast for cast in casts if (value := tensor_of(cast)) is not None and value.dtype in DTYPES[:2]]
+    plain = len(narrow) == 1 and same_sizes(tensor_of(narrow[0]).shape, tensor_of(total).shape)
+    return narrow[0] if plain and tensor_of(narrow[0]).device == tensor_of(total).device else None
+
+
+def narrow_to(site: Site, cast: Node) -> None:
+    """Have the op store what the cast makes of the sum, which nobody else reads."""
+    site.end = cast
+    site.parts.append(cast)
 
 
 def operands(site: Site) -> list[tuple[str, Node | str | None]]:

@@ -31,7 +31,7 @@ INFO = RuleInfo(
         "a sum over the last dim but one of a product with one weight per row",
         "views that keep the rows' order, and at most one gather of rows, in between",
         f"at most {MOST_TOP_K} terms and {MOST_COLUMNS} columns",
-        "y in the dtype of a; weights in it or float32",
+        "y and weights in bfloat16, float16 or float32",
     ),
     codes=common.CODES
     | {
@@ -172,7 +172,7 @@ def _widen_weights(site: Site, found: Finalize, parts: list[Node], effects: Effe
     if before is None or (before.dtype, after.dtype) != (torch.float32, total.dtype) or before.dtype == total.dtype:
         return
     moved = [("topk_weights", cast.args[0], cast)]
-    if common.kinds(site, [], wider=[("weights", before)]) or common.movable(moved, cast, site.add, effects):
+    if common.kinds(site, [("weights", before)]) or common.movable(moved, cast, site.add, effects):
         return
     parts[:0] = chain
     found.weights = _bare(cast.args[0])
@@ -234,4 +234,4 @@ def _shapes(site: Site, found: Finalize) -> Refusal | None:
         return Refusal("stride", "a is {} with strides {}", shape_text(a), tuple(a.stride()))
     # Eager takes indices from the CPU for rows on a GPU.
     whole = [(name, tensor) for name, tensor in (("inverse", inverse), ("the mask", masked)) if tensor is not None]
-    return common.kinds(site, [("y", y)], wider=[("weights", weights)], whole=whole)
+    return common.kinds(site, [("y", y), ("weights", weights)], whole)

@@ -26,7 +26,7 @@ INFO = RuleInfo(
     needs=(
         "linear, mm, matmul, mv or addmm with one output column",
         "nothing but views that keep the rows' order between it and the sigmoid",
-        "x, weight, bias in the dtype of the sum, unwritten until the sum",
+        "x, weight, bias in the dtype of the logit, or float32 under autocast, unwritten until the sum",
         "numerics 'fp32': in 'eager' the projection's own reduction order stays",
     ),
     codes={
@@ -35,7 +35,7 @@ INFO = RuleInfo(
         "gate-used-elsewhere": "the logit or the sigmoid has other readers, so the projection must stay",
         "gate-columns": "the projection has more than one column, or the gate is not one value per row",
         "numerics-eager": "bit-for-bit numerics keep the projection a linear of its own",
-        "dtype": "x, weight or bias differ in dtype from the sum",
+        "dtype": "x, weight or bias has another dtype than the logit, and autocast would not cast it",
         "subclass": "x, weight or bias is a tensor subclass or not strided",
         "device": "x, weight or bias lives on another device",
         "no-metadata": "the tracer recorded no tensor for x, weight or bias",
@@ -48,6 +48,7 @@ INFO = RuleInfo(
         "odd-call": "the call has arguments the formula does not have",
         "out-argument": "the projection writes into a given tensor",
         "module-hook": "the projection's module has hooks",
+        "module-forward": "the projection's module runs a forward that is not torch's own",
     },
 )
 
@@ -107,18 +108,22 @@ def _shapes(site: Site, found: Projection, words: Vocabulary) -> Refusal | None:
     weight, bias = words.tensor(found.weight), words.tensor(found.bias)
     if x is None or weight is None or (found.bias is not None and bias is None):
         return Refusal("no-metadata", "x, weight or bias of {} has no recorded tensor", site.gate)
-    if not same_sizes(gate.shape, (*a.shape[:-1], 1)):
+    if not same_sizes(common.gate_sizes(site), (*a.shape[:-1], 1)):
         return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
     if x.dim() == 0 or weight.dim() not in (1, 2) or not known_equal(weight.numel(), x.shape[-1]):
         return Refusal("gate-columns", "x is {}, the weight {}", shape_text(x), shape_text(weight))
+    if known_equal(x.shape[-1], 0):
+        return Refusal("gate-columns", "x is {}, so there is nothing to multiply", shape_text(x))
     if bias is not None and not known_equal(bias.numel(), 1):
         return Refusal("gate-columns", "the bias is {}, not one number", shape_text(bias))
-    given = (x, weight) if bias is None else (x, weight, bias)
-    for tensor in given:
+    for tensor in (x, weight) if bias is None else (x, weight, bias):
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
             return Refusal("subclass", "{} of layout {} feeds {}", type(tensor).__name__, tensor.layout, site.gate)
-        if tensor.dtype != a.dtype:
-            return Refusal("dtype", "{} feeds {}, a is {}", dtype_text(tensor.dtype), site.gate, dtype_text(a.dtype))
+        # Autocast's linear takes float32 and gives a narrower logit; the op, which runs under it too, casts as it does.
+        if tensor.dtype not in (gate.dtype, torch.float32):
+            return Refusal(
+                "dtype", "{} feeds {}, which is {}", dtype_text(tensor.dtype), site.gate, dtype_text(gate.dtype)
+            )
         if tensor.device != a.device:
             return Refusal("device", "{} feeds {}, a is on {}", tensor.device, site.gate, a.device)
     return None

@@ -1,6 +1,13 @@
-"""out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round."""
+"""out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round.
+
+h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, all else the cast
+residual += sum                                                 what the op gives is copied into the residual's memory
+"""
 
 from __future__ import annotations
+
+import torch
+from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, RuleInfo, Site
@@ -17,7 +24,7 @@ INFO = RuleInfo(
     formula="out = residual + (a + sigmoid(gate) * b)",
     needs=(
         "the sum's only reader is an add, views that keep its rows apart",
-        "a residual of the shape, dtype and device of that add, which is contiguous",
+        "a residual of the shape and device of that add, which is contiguous",
         "no write to an operand of the formula before that add",
     ),
     codes=common.CODES
@@ -28,7 +35,7 @@ INFO = RuleInfo(
         "scaled": "alpha other than 1",
         "odd-call": "the call has arguments the formula does not have",
         "out-argument": "the add writes into a given tensor",
-        "in-place": "the add overwrites the residual",
+        "in-place": "the add overwrites memory that others read",
     },
 )
 
@@ -45,8 +52,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
             names = ", ".join(sorted(each.name for each in found)) or "nothing"
             return Refusal("used-elsewhere", "{} is read by {}", node, names)
         (reader,) = found
-        hands_on = is_reshape(reader) or (is_cast(reader) and is_identity(reader))
-        if not hands_on or tensor_of(reader) is None or reader.args[:1] != (node,):
+        if not _hands_on(node, reader):
             break
         parts.append(reader)
         node = reader
@@ -55,9 +61,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("not-a-residual", "{} goes to {}", site.add, reader)
     if meaning.oddity is not None:
         return meaning.oddity
-    if meaning.in_place:
-        return Refusal("in-place", "{} overwrites {}", reader, meaning.operands[0])
-    if any(other.a is node for other, _ in find(words, reader)):
+    if any(other is not None and other.a is node for other, _ in find(words, reader)):
         return Refusal("another-sum", "{} adds a gated product of its own to {}", reader, node)
     left, right = meaning.operands
     residual = right if left is node else left
@@ -70,11 +74,40 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("shape", "{} cuts the rows of {}", node, site.add)
     if not known_contiguous(total):
         return Refusal("stride", "{} has strides {}", reader, tuple(total.stride()))
-    refusal = common.kinds(site, [("residual", given), ("the sum", total)])
-    refusal = refusal or common.movable([(*o, site.add) for o in common.operands(site)], site.add, reader, effects)
+    written = meaning.in_place and left is residual
+    if meaning.in_place and not written and effects.other_reader(left, reader) is not None:
+        return Refusal("in-place", "{} overwrites {}, which others read", reader, left)
+    source, cast = _before_widening(residual, reader)
+    refusal = common.kinds(site, [("residual", tensor_of(source)), ("the sum", total)])
+    reads = [(*o, site.add) for o in common.operands(site)]
+    refusal = refusal or common.movable(reads, site.add, reader, effects)
+    if refusal is None and cast and common.movable([("the residual", source, cast[0])], cast[0], reader, effects):
+        source, cast = residual, []  # the cast stays, and is read where it was
     if refusal is None:
-        site.residual = residual
-        site.end = reader
-        site.parts += [*parts, reader]
+        site.residual, site.residual_written = source, written
+        site.end = site.at = reader
+        site.parts += [*cast, *parts, reader]
         site.stages.append(INFO.name)
     return refusal
+
+
+def _hands_on(node: Node, reader: Node) -> bool:
+    """Whether the reader gives the rows of the node on as they are: a view, a cast that does nothing, or one to float32."""
+    before, after = tensor_of(node), tensor_of(reader)
+    if before is None or after is None or reader.args[:1] != (node,):
+        return False
+    if is_cast(reader):
+        return is_identity(reader) or (after.dtype is torch.float32 and same_sizes(before.shape, after.shape))
+    return is_reshape(reader) and before.dtype == after.dtype
+
+
+def _before_widening(residual: Node, reader: Node) -> tuple[Node, list[Node]]:
+    """The residual before it was cast to float32 for this sum alone, which the op does by itself, and the cast."""
+    if not is_cast(residual) or readers(residual) != [reader] or not isinstance(residual.args[0], Node):
+        return residual, []
+    before, after = tensor_of(residual.args[0]), tensor_of(residual)
+    if before is None or after.dtype is not torch.float32 or not same_sizes(before.shape, after.shape):
+        return residual, []
+    if before.device != after.device or before.dtype not in (torch.bfloat16, torch.float16):
+        return residual, []
+    return residual.args[0], [residual]

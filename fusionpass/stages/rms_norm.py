@@ -10,6 +10,7 @@ The read of the sum moves to where the sum is made.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
@@ -20,7 +21,7 @@ from fusionpass.nodes import is_cast, readers
 from fusionpass.options import Options
 from fusionpass.pattern import is_identity
 from fusionpass.stages import common
-from fusionpass.tensors import known_contiguous, known_equal, same_sizes, shape_text, tensor_of, value_of
+from fusionpass.tensors import known_contiguous, known_equal, same_sizes, settled, shape_text, tensor_of, value_of
 from fusionpass.vocabulary import Vocabulary
 
 INFO = RuleInfo(
@@ -37,6 +38,8 @@ INFO = RuleInfo(
         "not-an-rms-norm": "no reader of the sum is an RMSNorm of its rows",
         "used-elsewhere": "a node of the norm has other readers, so it must stay",
         "module-hook": "the norm's module has hooks",
+        "module-forward": "the norm's module runs a forward that is not torch's own",
+        "in-place": "a node of the norm overwrites memory that others read",
         "late-operand": "the norm's weight is computed after the sum",
     },
 )
@@ -49,13 +52,20 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return refusal
     if not known_contiguous(tensor_of(site.end)):
         return Refusal("stride", "{} has strides {}", site.end, tuple(tensor_of(site.end).stride()))
-    norm = _torch_norm(site, words) or _written_out(site, words)
+    narrow = common.narrowed(site.end)
+    kept = tensor_of(narrow or site.end).dtype
+    norm = _torch_norm(site, words) or _written_out(site, words, effects, kept)
+    writer = next((reader for reader in site.end.users if _writes_into(reader, site.end, words)), None)
+    if norm is None and writer is not None:
+        return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, site.end)
     if norm is None:
         names = ", ".join(sorted(reader.name for reader in readers(site.end))) or "nothing"
         return Refusal("not-an-rms-norm", "{} is read by {}", site.end, names)
     if isinstance(norm, Refusal):
         return norm
-    total, result, weight = tensor_of(site.end), tensor_of(norm.result), words.tensor(norm.weight)
+    if narrow is not None and not set(readers(site.end)) <= {narrow, *norm.parts}:
+        narrow = None  # others read the wide sum, so that is what the op gives
+    total, result, weight = tensor_of(narrow or site.end), tensor_of(norm.result), words.tensor(norm.weight)
     if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
         return Refusal("dtype", "the norm {} is not of the sum's shape and dtype", norm.result)
     if not known_contiguous(result):
@@ -63,18 +73,28 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     if weight is not None:
         if not same_sizes(weight.shape, total.shape[-1:]):
             return Refusal("shape", "the norm's weight is {}, the sum {}", shape_text(weight), shape_text(total))
-        refusal = common.kinds(site, [], wider=[("the norm's weight", weight)])
-    if isinstance(norm.weight, Node) and effects.position.get(norm.weight, -1) > effects.position[site.end]:
-        return Refusal("late-operand", "{} comes after {}", norm.weight, site.end)
-    refusal = refusal or common.movable([("the sum", site.end, site.end)], site.end, norm.result, effects)
+        refusal = common.kinds(site, [("the norm's weight", weight)])
+    if _writes_into(norm.weight, None, words):
+        return Refusal("mutation-between", "{} writes the norm's weight after {}", norm.weight, site.at)
+    if isinstance(norm.weight, Node) and effects.position.get(norm.weight, -1) > effects.position[site.at]:
+        return Refusal("late-operand", "{} comes after {}", norm.weight, site.at)
+    refusal = refusal or common.movable([("the sum", site.end, site.end)], site.end, norm.result, effects, norm.parts)
     # The weight's read moves to the sum, from after it or, where a cast of the weight was made early, from before it.
-    first, last = sorted((norm.weight_read, site.end), key=effects.position.__getitem__)
+    first, last = sorted((norm.weight_read, site.at), key=effects.position.__getitem__)
     refusal = refusal or common.movable([("the norm's weight", norm.weight, first)], first, last, effects)
     if refusal is None:
+        if narrow is not None:
+            common.narrow_to(site, narrow)
         site.norm = norm
         site.parts += norm.parts
         site.stages.append(INFO.name)
     return refusal
+
+
+def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
+    """Whether the node writes its result into the `written` tensor, or into any for None."""
+    meaning = words.meaning(node)
+    return meaning is not None and meaning.in_place and written in (None, meaning.operands[0])
 
 
 def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
@@ -86,8 +106,9 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
             return meaning.oddity
         _, shape, weight, eps = meaning.operands
         total = tensor_of(site.end)
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        if len(shape) != 1 or not known_equal(shape[0], total.shape[-1]):
+        shape = settled(shape)
+        shape = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
+        if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
         # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
         eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
@@ -100,30 +121,39 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
     return None
 
 
-def _written_out(site: Site, words: Vocabulary) -> Norm | Refusal | None:
-    casts = [
-        user for user in site.end.users if is_cast(user) and user.args[:1] == (site.end,)
-    ]  # not other.type_as(sum)
-    for wide in (*casts, site.end):
-        value = tensor_of(wide)
-        if value is None or value.dtype != torch.float32:
-            continue
+def _written_out(site: Site, words: Vocabulary, effects: Effects, kept: torch.dtype) -> Norm | Refusal | None:
+    for casts in _float32_forms(site.end):
+        wide = casts[-1] if casts else site.end
         for scaled in wide.users:
             found = _scaled_by_rms(wide, scaled, words)
-            if found is not None:
-                eps, parts = found
-                return _weighted(site, wide, scaled, eps, parts, words)
+            if found is None:
+                continue
+            eps, parts = found
+            norm = _weighted(site.end, casts, scaled, eps, parts, kept, words)
+            return norm if isinstance(norm, Refusal) else _overwrites_nothing(norm, words, effects) or norm
     return None
 
 
+def _float32_forms(total: Node) -> Iterator[list[Node]]:
+    """The casts that lead from the sum to float32, through casts that do nothing; none where the sum is float32."""
+    if tensor_of(total).dtype is torch.float32:
+        yield []
+    for cast in total.users:
+        if not is_cast(cast) or cast.args[:1] != (total,) or tensor_of(cast) is None:  # other.type_as(sum)
+            continue
+        if tensor_of(cast).dtype is torch.float32:
+            yield [cast]
+        elif is_identity(cast):
+            yield from ([cast, *rest] for rest in _float32_forms(cast))
+
+
 def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, list[Node]] | None:
-    """(eps, nodes) when `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps)."""
-    product = words.plain(scaled, "mul")
+    """(eps, nodes) when `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
+    product = words.operands(scaled, "mul")
     if product is None or wide not in product:
         return None
     rsqrt = product[1] if product[0] is wide else product[0]
-    inverse = words.plain(rsqrt, "rsqrt")
-    shifted = _shifted(inverse[0], words) if inverse else None
+    shifted = _shifted(_inside_rsqrt(rsqrt, words), words)
     if shifted is None:
         return None
     mean, eps = shifted if tensor_of(shifted[0]) is not None else shifted[::-1]
@@ -135,7 +165,28 @@ def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, 
         return None
     if not words.reduces(mean, tensor_of(square).dim() - 1, keepdim=True) or not words.squares(square, wide):
         return None
-    return eps, [square, mean, inverse[0], rsqrt, scaled]
+    return eps, [square, mean, _inside_rsqrt(rsqrt, words), rsqrt, scaled]
+
+
+def _inside_rsqrt(node: object, words: Vocabulary) -> object:
+    """v of rsqrt(v), or of v ** -0.5."""
+    inverse = words.plain(node, "rsqrt")
+    if inverse is not None:
+        return inverse[0]
+    power = words.plain(node, "pow")
+    return power[0] if power is not None and settled(power[1]) == -0.5 else None
+
+
+def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refusal | None:
+    """`h.mul_(rsqrt)` may go only when nobody else reads h's memory afterwards."""
+    for node in norm.parts:
+        meaning = words.meaning(node)
+        if meaning is None or not meaning.in_place or not isinstance(meaning.operands[0], Node):
+            continue
+        reader = effects.other_reader(meaning.operands[0], node)
+        if reader is not None:
+            return Refusal("in-place", "{} writes into {}, which {} shows or reads", node, meaning.operands[0], reader)
+    return None
 
 
 def _number(eps: object) -> float | None:
@@ -158,30 +209,36 @@ def _shifted(node: object, words: Vocabulary) -> tuple | None:
     return meaning.operands
 
 
-def _weighted(site: Site, wide: Node, scaled: Node, eps: float, parts: list[Node], words: Vocabulary) -> Norm | Refusal:
-    """What follows the scaling: a weight, before or after the cast back to the sum's dtype."""
-    total = tensor_of(site.end)
-    chain = parts if wide is site.end else [wide, *parts]
-    norm = reached = Norm(None, eps, 0.0, scaled, chain, scaled)
+def _weighted(
+    total: Node,
+    casts: list[Node],
+    scaled: Node,
+    eps: float,
+    parts: list[Node],
+    kept: torch.dtype,
+    words: Vocabulary,
+) -> Norm | Refusal:
+    """What follows the scaling: a weight, before or after the cast back to the dtype that is kept of the sum."""
+    norm = reached = Norm(None, eps, 0.0, scaled, [*casts, *parts], scaled)
     while len(readers(reached.result)) == 1:
         (reader,) = readers(reached.result)
         weight, offset, made, read = reached.weight, reached.offset, [], reached.weight_read
         if not (is_cast(reader) and reader.args[:1] == (reached.result,)):
-            product = words.plain(reader, "mul") or ()
+            product = words.operands(reader, "mul") or ()
             factors = [factor for factor in product if factor is not reached.result]
             factor = _weight(factors[0], words) if len(factors) == 1 and weight is None else None
             if factor is None:
                 break
             weight, offset, made = factor
             read = made[0] if made else reader
-        if tensor_of(reader) is None or tensor_of(reader).dtype not in (torch.float32, total.dtype):
+        if tensor_of(reader) is None or tensor_of(reader).dtype not in (torch.float32, kept):
             break
         reached = Norm(weight, eps, offset, reader, [*reached.parts, *made, reader], read)
-        if tensor_of(reader).dtype == total.dtype or tensor_of(norm.result).dtype != total.dtype:
+        if tensor_of(reader).dtype == kept or tensor_of(norm.result).dtype != kept:
             norm = reached  # a later cast to float32, for a router say, is its reader's own
     inside = set(norm.parts)
     # A cast of a float32 sum to float32 is the sum itself, and stays for whoever else reads it.
-    private = [part for part in norm.parts if part is not norm.result and not (part is wide and is_identity(part))]
+    private = [part for part in norm.parts if part is not norm.result and not (part in casts and is_identity(part))]
     used = [other for part in private for other in readers(part) if other not in inside]
     if used:
         return Refusal("used-elsewhere", "the norm {} is read inside by {}", norm.result, used[0])
