@@ -120,7 +120,7 @@ PRODUCTS = "a b x gate_weight topk_weights residual".split()  # what is summed u
 
 
 def expression(dtype=F32, **arguments):
-    return moe_combine_expression(*implementations.combine_arguments(**arguments), dtype=dtype)
+    return moe_combine_expression(*implementations.combine_arguments(**arguments), compute=dtype)
 
 
 def eager(

@@ -110,9 +110,17 @@ GATED_REFUSALS = {
         ((4, 8), F32),
         ((4, 1), torch.float16),
         ((4, 8), F32),
-        {},
-        "gate is torch.float16, allowed: torch.fl",
+        {"numerics": "eager"},
+        "gate is torch.float16, allowed: torch.float32 as a where numerics is 'eager'",
     ),
+    "eager's result": (
+        ((4, 8), F32),
+        ((4, 1), F32),
+        ((4, 8), F32),
+        {"numerics": "eager", "dtype": torch.bfloat16},
+        "dtype is torch.bfloat16, allowed: torch.float32 as a where numerics is 'eager'",
+    ),
+    "dtype": (((4, 8), F32), ((4, 1), F32), ((4, 8), F32), {"dtype": I64}, "dtype is torch.int64, allowed: bfloat16"),
     "float64": (((4, 8), torch.float64), ((4, 1), F32), ((4, 8), F32), {}, "a is torch.float64, allowed: bfloat16"),
     "int": (((4, 8), F32), ((4, 1), F32), ((4, 8), I64), {}, "b is torch.int64, allowed: bfloat16"),
     "numerics": (
@@ -153,9 +161,9 @@ def test_gate_projected_add_refuses(device, x, weight, bias, a, b, message):
         projected_op(*tensors)
 
 
-def test_gate_projected_add_refuses_mixed_dtypes():
+def test_gate_projected_add_refuses_a_projection_of_mixed_dtypes():
     x, weight, bias, a, b = projected_operands()
-    for bad in ((x.half(), weight, bias, a, b), (x, weight, bias.double(), a, b), (x, weight, bias, a, b.bfloat16())):
+    for bad in ((x.half(), weight, bias, a, b), (x, weight, bias.double(), a, b), (x, weight, bias.bfloat16(), a, b)):
         with pytest.raises(RuntimeError, match="allowed: "):
             projected_op(*bad)
 
