@@ -30,6 +30,9 @@ def _cast(tensor: Tensor | None) -> Tensor | None:
 def gated_add(
     a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32", dtype: torch.dtype | None = None
 ) -> Tensor:
+    if numerics == "eager" and dtype is None and not a.dtype == gate.dtype == b.dtype:
+        # Autocast came between the tracing and this call. The op rounds to one dtype; the nodes to one each.
+        return aten_combine.gated_nodes(a, gate, b)
     with _DisableAutocast():
         return library.gated_add(a, gate, b, numerics=numerics, dtype=dtype)
 

@@ -13,14 +13,14 @@ from torch.fx import GraphModule
 from fusionpass import derivatives, library
 from fusionpass.copying import child_graphs
 from fusionpass.derivatives import plain, recorded
-from fusionpass.implementations import COMBINE_TENSORS, combine_arguments, kernels, kernels_take
+from fusionpass.implementations import ALL, COMBINE_TENSORS, combine_arguments, kernel_dtypes, kernels, kernels_take
 
 
 def gated_add(
     a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32", dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.ops.fusionpass.gated_add`."""
-    if plain(a, gate, b) and kernels_take(a, gate, b, dtype=dtype):
+    if plain(a, gate, b) and (kernel_dtypes(a) is ALL or kernels_take(a, gate, b, dtype=dtype)):
         if recorded(a, gate, b):
             return derivatives.gated_add(None, a, gate, b, numerics=numerics, dtype=dtype)
         return kernels().gated_add.gated_add(a, gate, b, numerics, dtype)
@@ -31,7 +31,7 @@ def gate_projected_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
     """`torch.ops.fusionpass.gate_projected_add`."""
-    if plain(x, weight, bias, a, b) and kernels_take(x, weight, bias, a, b, dtype=dtype):
+    if plain(x, weight, bias, a, b) and (kernel_dtypes(a) is ALL or kernels_take(x, weight, bias, a, b, dtype=dtype)):
         if recorded(x, weight, bias, a, b):
             return derivatives.gate_projected_add(None, x, weight, bias, a, b, dtype=dtype)
         return kernels().gate_projected_add.gate_projected_add(x, weight, bias, a, b, dtype)
@@ -42,7 +42,8 @@ def moe_combine(a: Tensor, b: Tensor, **options) -> tuple[Tensor, Tensor]:
     """`torch.ops.fusionpass.moe_combine`."""
     arguments = combine_arguments(a, b, **options)
     tensors = arguments[:COMBINE_TENSORS]
-    if plain(*tensors) and kernels_take(*tensors, dtype=arguments[-1]) and not recorded(*tensors):
+    taken = plain(*tensors) and (kernel_dtypes(a) is ALL or kernels_take(*tensors, dtype=arguments[-1]))
+    if taken and not recorded(*tensors):
         return kernels().moe_combine.moe_combine(*arguments)
     return library.moe_combine(a, b, **options)
 

@@ -77,11 +77,10 @@ def kernel_dtypes(a: Tensor) -> frozenset[torch.dtype]:
 def kernels_take(*tensors: Tensor | None, dtype: Dtype = None) -> bool:
     """Whether the kernels compute an op on these tensors, of one device, with results in `dtype`; else ATen does."""
     taken = kernel_dtypes(tensors[0])
-    if taken is ALL or taken is NONE:
+    if taken is ALL or not taken:
         return taken is ALL
-    return dtype in (None, *taken) and all(
-        [t is None or not t.is_floating_point() or t.dtype in taken for t in tensors]
-    )
+    floating = [t.dtype for t in tensors if t is not None and t.is_floating_point()]
+    return taken.issuperset(floating if dtype is None else [*floating, dtype])
 
 
 # gated_add

@@ -44,8 +44,8 @@ def listed(shape: Sequence[int]) -> str:
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that eager's type promotion gives an expression of these tensors, each of one dim or more."""
-    dtypes = [tensor.dtype for tensor in tensors if tensor is not None]
-    return functools.reduce(torch.promote_types, dtypes[1:], dtypes[0])
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
 
 
 def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
@@ -62,9 +62,11 @@ def combined_dtype(
 
 
 def kind_problem(named: dict[str, Tensor], dtype: torch.dtype | None = None) -> str | None:
-    """Why the tensors are not all of allowed dtypes and on one device, or the dtype asked for is not allowed."""
+    """Why the tensors are not all dense, of allowed dtypes and on one device, or the dtype asked for is not allowed."""
     first_name, first = next(iter(named.items()))
     for name, tensor in named.items():
+        if tensor.layout != torch.strided:
+            return f"{name} has layout {tensor.layout}, allowed: torch.strided"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, allowed: bfloat16, float16 or float32"
         if tensor.device != first.device:

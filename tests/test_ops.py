@@ -252,11 +252,13 @@ def saved(function, inputs, wanted):
     return kept
 
 
-@pytest.mark.parametrize(("wanted", "kept"), [((0,), ""), ((1,), "gb"), ((2,), "g"), ((0, 1, 2), "gb")], ids=str)
+@pytest.mark.parametrize(("wanted", "kept"), [((0,), ""), ((1,), "-b"), ((2,), "-"), ((0, 1, 2), "-b")], ids=str)
 def test_gated_add_saves_no_more_than_its_gradients_read(implementation, wanted, kept):
+    """What it keeps of the gate is memory of its own, as the sigmoid is that the unfused nodes keep."""
     a, gate, b = gated_operands()
-    addresses = {"g": gate.data_ptr(), "b": b.data_ptr()}
-    assert saved(gated_add_op, (a, gate, b), wanted) == [addresses[name] for name in kept]
+    names = {a.data_ptr(): "a", gate.data_ptr(): "g", b.data_ptr(): "b"}
+    addresses = saved(gated_add_op, (a, gate, b), wanted)
+    assert "".join(names.get(address, "-") for address in addresses) == kept
 
 
 SAVED_OF_PROJECTED = [
