@@ -10,14 +10,16 @@ import torch
 
 LIBRARY = torch.library.Library("fusionpass", "FRAGMENT")
 for _schema in (
-    'gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32") -> Tensor',
-    "gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> Tensor",
+    'gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32", ScalarType? dtype=None) -> Tensor',
+    "gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, *, ScalarType? dtype=None) -> Tensor",
     "moe_combine(Tensor a, Tensor b, *, Tensor? gate=None, Tensor? x=None, Tensor? gate_weight=None, "
     "Tensor? gate_bias=None, Tensor? topk_weights=None, Tensor? inverse=None, Tensor? masked=None, Tensor? residual=None, "
-    "Tensor? norm_weight=None, int top_k=0, bool permuted=False, float? eps=None, float offset=0.0) -> (Tensor, Tensor)",
+    "Tensor? norm_weight=None, int top_k=0, bool permuted=False, float? eps=None, float offset=0.0, "
+    "ScalarType? dtype=None) -> (Tensor, Tensor)",
     "_gated_add_out(Tensor a, Tensor gate, Tensor b, Tensor(a!) out) -> ()",
     "_gated_add_backward(Tensor dy, Tensor gate, Tensor b) -> (Tensor, Tensor)",
-    "_gate_projected_add_and_logit(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    "_gate_projected_add_and_logit(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, *, ScalarType? dtype=None) "
+    "-> (Tensor, Tensor)",
     "_gate_projected_add_backward(Tensor dy, Tensor? x, Tensor weight, Tensor logit, Tensor b, SymInt[] rows, "
     "bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)",
 ):

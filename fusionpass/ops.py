@@ -7,9 +7,17 @@
     fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
     fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
 
-All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape, dtype and strides of the first two
-are those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
+All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape and strides of the first two are
+those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
 `moe_combine` are contiguous.
+
+Dtypes: bfloat16, float16 and float32, of each operand by itself, but x, weight and bias are of one dtype, and with
+numerics="eager" all are. Computed in float32 and rounded once to `dtype`. Its default, None, means the dtype that promotion
+gives the eager expression: of a, b, the gate (or x) and the residual. The routing weights and the norm's weight take no
+part in it: bfloat16 rows with float32 weights give bfloat16 results. Both results of `moe_combine` are of the one dtype.
+
+Devices: CUDA has the Triton kernels (`implementations.kernel_dtypes` says for which dtypes); any other computes in ATen.
+Under autocast an op does what its nodes do there: see `fusionpass.autocast`.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusionpass import derivatives, implementations, library
+from fusionpass import autocast, derivatives, implementations, library
 from fusionpass.derivatives import PLAIN, transforms_active
 from fusionpass.kernels import contract, overlap
 
@@ -32,11 +40,11 @@ for _name in (
     "_gate_projected_add_and_logit",
     "_gate_projected_add_backward",
 ):
-    for _device in ("CPU", "CUDA"):
-        library.LIBRARY.impl(_name, getattr(implementations, f"{_name.lstrip('_')}_{_device.lower()}"), _device)
+    library.LIBRARY.impl(_name, getattr(implementations, _name.lstrip("_")), "CompositeExplicitAutograd")
 library.LIBRARY.impl("gated_add", derivatives.gated_add, "Autograd", with_keyset=True)
 library.LIBRARY.impl("gate_projected_add", derivatives.gate_projected_add, "Autograd", with_keyset=True)
 library.LIBRARY.impl("moe_combine", derivatives.moe_combine, "Autograd", with_keyset=True)
+autocast.register()
 for _name, _fake in (
     ("gated_add", implementations.gated_add_fake),
     ("gate_projected_add", implementations.gate_projected_add_fake),
@@ -114,7 +122,7 @@ def _check_public(named: dict[str, Tensor]) -> None:
         if tensor.layout != torch.strided:
             raise ValueError(f"gated_add: {name} has layout {tensor.layout}, allowed: torch.strided")
     a, gate = named["a"], named["gate"]
-    problem = contract.kind_problem(named)
+    problem = contract.kind_problem(named) or contract.one_dtype_problem(named)
     if problem is None and a.dim() == 0:
         problem = "a has no dims, allowed: one or more"
     for name in ("b", "out"):

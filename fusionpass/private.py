@@ -40,6 +40,8 @@ WHERE = {
     "_get_tracing_state": "torch._C",
     "_after_autograd_keyset": "torch._C",
     "_AutoDispatchBelowAutograd": "torch._C",
+    "_DisableAutocast": "torch._C",
+    "_is_any_autocast_enabled": "torch._C",
     "DispatchKey": "torch._C",
     "DispatchKeySet": "torch._C",
 }

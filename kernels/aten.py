@@ -1,65 +1,80 @@
 """The formulas in ATen: what the ops compute on a CPU, their gradients, and a differentiable form of each.
 
-numerics "fp32"   every intermediate in fp32, one rounding to the dtype at the end
+numerics "fp32"   every intermediate in fp32, one rounding to the result's dtype at the end
 numerics "eager"  the unfused expression: sigmoid, product and sum each rounded to the dtype
 
-Mixed operands are promoted by ATen itself, so `fp32 * bf16` below is an fp32 product without a cast copy.
+The result's dtype is the one given, else the operands' promoted. Mixed operands are promoted by ATen itself, so
+`fp32 * bf16` below is an fp32 product without a cast copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .contract import result_dtype
 from .layout import contiguous_strides, sum_strides
 
 
-def gated_add_expression(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> Tensor:
+def gated_add_expression(
+    a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None
+) -> Tensor:
     """a + sigmoid(gate) * b from differentiable ops, for autograd transforms that need more than one derivative rule."""
     if numerics == "eager":
         return a + torch.sigmoid(gate) * b
-    return (a.float() + torch.sigmoid(gate.float()) * b.float()).to(a.dtype)
+    return (a.float() + torch.sigmoid(gate.float()) * b.float()).to(result_dtype(dtype, a, gate, b))
 
 
-def gate_projected_add_expression(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def gate_projected_add_expression(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """a + sigmoid(x . weight + bias) * b from differentiable ops, in fp32."""
     logit = linear(x.float(), weight.reshape(1, -1).float(), None if bias is None else bias.reshape(1).float())
     gate = logit.reshape(*a.shape[:-1], 1)
-    return (a.float() + torch.sigmoid(gate) * b.float()).to(a.dtype)
+    return (a.float() + torch.sigmoid(gate) * b.float()).to(result_dtype(dtype, x, a, b))
 
 
-def empty_sum(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
-    """Unwritten memory with the shape, dtype and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a."""
+def constant_logit(bias: Tensor | None, x: Tensor, rows: Sequence[int]) -> Tensor:
+    """The gate logit [..., 1] of an `x` without columns: the bias, or zero."""
+    logit = x.new_zeros(1) if bias is None else bias.reshape(1)
+    return logit.expand(*rows, 1)
+
+
+def empty_sum(a: Tensor, gate: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a."""
     if a.is_contiguous():
-        return torch.empty_like(a, memory_format=torch.contiguous_format)
+        return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
     strides = sum_strides(a.shape, a.stride(), gate.shape, gate.stride(), b.stride())
-    return torch.empty_strided(a.shape, strides, dtype=a.dtype, device=a.device)
+    return torch.empty_strided(a.shape, strides, dtype=dtype, device=a.device)
 
 
-def empty_row_gated_sum(a: Tensor, b: Tensor) -> Tensor:
+def empty_row_gated_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """As `empty_sum`, for a contiguous gate of one element per row."""
     if a.is_contiguous():
-        return torch.empty_like(a, memory_format=torch.contiguous_format)
+        return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
     rows = (*a.shape[:-1], 1)
     strides = sum_strides(a.shape, a.stride(), rows, contiguous_strides(rows), b.stride())
-    return torch.empty_strided(a.shape, strides, dtype=a.dtype, device=a.device)
+    return torch.empty_strided(a.shape, strides, dtype=dtype, device=a.device)
 
 
-def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> Tensor:
+def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None) -> Tensor:
     """a + sigmoid(gate) * b, a new tensor."""
     if numerics == "eager":
         return a + torch.sigmoid(gate) * b
-    y = empty_sum(a, gate, b)
+    y = empty_sum(a, gate, b, result_dtype(dtype, a, gate, b))
     gated_add_into(y, a, gate, b)
     return y
 
 
-def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def gate_projected_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """a + sigmoid(x . weight + bias) * b, a new tensor."""
-    y = empty_row_gated_sum(a, b)
+    y = empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
     gate_projected_add_into(y, x, weight, bias, a, b)
     return y
 
@@ -77,17 +92,17 @@ def gate_projected_add_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 
 
 def gate_projected_add_and_logit(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """a + sigmoid(x . weight + bias) * b and the logit [..., 1] in the dtype, two new tensors."""
-    y, logit = empty_row_gated_sum(a, b), _projected(x, weight, bias, a)
+    """a + sigmoid(x . weight + bias) * b and the logit [..., 1] in the dtype of x, two new tensors."""
+    y, logit = empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b)), _projected(x, weight, bias, a)
     torch.add(a, torch.sigmoid(logit) * b, out=y)
-    return y, logit.to(a.dtype, copy=True)
+    return y, logit.to(x.dtype, copy=True)
 
 
 def projected_logit(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Tensor:
-    """x . weight + bias, rounded once to the dtype, [..., 1] for the rows of `a`."""
-    return _projected(x, weight, bias, a).to(a.dtype, copy=True)
+    """x . weight + bias, rounded once to the dtype of x, [..., 1] for the rows of `a`."""
+    return _projected(x, weight, bias, a).to(x.dtype, copy=True)
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Tensor:
@@ -100,23 +115,32 @@ def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Ten
 
 
 def gated_add_gradients(
-    dy: Tensor, gate: Tensor | None, b: Tensor | None, numerics: str, needs: tuple[bool, bool, bool]
+    dy: Tensor,
+    gate: Tensor | None,
+    b: Tensor | None,
+    numerics: str,
+    needs: tuple[bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(da, dgate, db) of gated_add; None where `needs` says so. Only dgate reads b, only dgate and db read the gate.
+
+    dtypes: of a and b; None where they are that of dy.
 
     da = dy;  dgate = sum over broadcast dims(dy * b) * s * (1 - s);  db = dy * s;  s = sigmoid(gate)
     """
     need_a, need_gate, need_b = needs
+    dtype_a, dtype_b = dtypes or (dy.dtype, dy.dtype)
+    da = dy.to(dtype_a) if need_a else None
     if not (need_gate or need_b):
-        return dy if need_a else None, None, None
+        return da, None, None
     eager = numerics == "eager"
     s = torch.sigmoid(gate if eager else gate.float())
     dgate = None
     if need_gate:
         ds = ((dy if eager else dy.float()) * b).sum_to_size(gate.shape)
         dgate = torch.ops.aten.sigmoid_backward(ds, s).to(gate.dtype)
-    db = (dy * s).to(dy.dtype) if need_b else None
-    return dy if need_a else None, dgate, db
+    db = (dy * s).to(dtype_b) if need_b else None
+    return da, dgate, db
 
 
 def gate_projected_add_gradients(
@@ -127,17 +151,22 @@ def gate_projected_add_gradients(
     logit: Tensor,
     b: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],
+    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """(dx, dweight, dbias, da, db) of gate_projected_add and its logit; None where `needs` says so.
 
     dweight is flat, dbias has one element. Only dweight reads x, only dx reads the weight, and only these two and dbias
-    read b. dlogit is what reaches the logit itself, from a second derivative.
+    read b. dlogit is what reaches the logit itself, from a second derivative. dtypes: as in `gated_add_gradients`.
 
     da = dy;  db = dy * s;  dl = rowsum(dy * b) * s * (1 - s) + dlogit;  dx = dl . weight;  dweight = dl^T . x
     """
     need_x, need_weight, need_bias, need_a, need_b = needs
     s = torch.sigmoid(logit.float())
-    db = (dy * s).to(dy.dtype) if need_b and dy is not None else None
+    da = db = None
+    if dy is not None:
+        dtype_a, dtype_b = dtypes or (dy.dtype, dy.dtype)
+        da = dy.to(dtype_a) if need_a else None
+        db = (dy * s).to(dtype_b) if need_b else None
     dx = dweight = dbias = None
     if need_x or need_weight or need_bias:
         dl = None if dlogit is None else dlogit.float()
@@ -152,4 +181,4 @@ def gate_projected_add_gradients(
             dweight = (dl.reshape(1, -1) @ rows.float()).to(x.dtype).reshape(-1)
         if need_bias:
             dbias = dl.sum().to(logit.dtype).reshape(1)
-    return dx, dweight, dbias, dy if need_a else None, db
+    return dx, dweight, dbias, da, db

@@ -5,6 +5,7 @@ Symbolic sizes are refused only where they are known to differ: asking more of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from math import prod
 
@@ -41,21 +42,58 @@ def listed(shape: Sequence[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def kind_problem(named: dict[str, Tensor]) -> str | None:
-    """Why the tensors are not all of one allowed dtype and on one device."""
+def promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that eager's type promotion gives an expression of these tensors, each of one dim or more."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
+
+
+def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
+    """The dtype of an op's result: the one asked for, else what promotion gives."""
+    return promoted(*tensors) if dtype is None else dtype
+
+
+def combined_dtype(
+    dtype: torch.dtype | None, a: Tensor, b: Tensor, gate: Tensor | None, x: Tensor | None, residual: Tensor | None
+) -> torch.dtype:
+    """The dtype of both results of moe_combine. Neither the routing weights nor the norm's take part in promotion: they are
+    often kept in float32 beside rows of 16 bits, and the results are what the rows are."""
+    return result_dtype(dtype, a, b, gate, x, residual)
+
+
+def kind_problem(named: dict[str, Tensor], dtype: torch.dtype | None = None) -> str | None:
+    """Why the tensors are not all dense, of allowed dtypes and on one device, or the dtype asked for is not allowed."""
     first_name, first = next(iter(named.items()))
     for name, tensor in named.items():
+        if tensor.layout != torch.strided:
+            return f"{name} has layout {tensor.layout}, allowed: torch.strided"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}, allowed: bfloat16, float16 or float32"
-        if tensor.dtype != first.dtype:
-            return f"{name} is {tensor.dtype}, allowed: {first.dtype} as {first_name}"
         if tensor.device != first.device:
             return f"{name} is on {tensor.device}, allowed: {first.device} as {first_name}"
+    if dtype is not None and dtype not in DTYPES:
+        return f"dtype is {dtype}, allowed: bfloat16, float16 or float32"
     return None
 
 
-def gated_add_problem(a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> str | None:
-    problem = kind_problem({"a": a, "gate": gate, "b": b})
+def one_dtype_problem(named: dict[str, Tensor]) -> str | None:
+    """Why the tensors are not all of one dtype."""
+    first_name, first = next(iter(named.items()))
+    for name, tensor in named.items():
+        if tensor.dtype != first.dtype:
+            return f"{name} is {tensor.dtype}, allowed: {first.dtype} as {first_name}"
+    return None
+
+
+def gated_add_problem(
+    a: Tensor, gate: Tensor, b: Tensor, numerics: str, dtype: torch.dtype | None = None
+) -> str | None:
+    problem = kind_problem({"a": a, "gate": gate, "b": b}, dtype)
+    if problem is None and numerics == "eager":
+        problem = one_dtype_problem({"a": a, "gate": gate, "b": b})
+        if problem is None and dtype not in (None, a.dtype):
+            problem = f"dtype is {dtype}, allowed: {a.dtype} as a"
+        problem = problem and f"{problem} where numerics is 'eager'"
     if problem is not None:
         return problem
     if not (a.dim() and gate.dim()):
@@ -70,9 +108,11 @@ def gated_add_problem(a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> str 
     return None
 
 
-def gate_projected_add_problem(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> str | None:
-    named = {"x": x, "weight": weight, "a": a, "b": b}
-    problem = kind_problem(named if bias is None else named | {"bias": bias})
+def gate_projected_add_problem(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> str | None:
+    projection = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
+    problem = kind_problem(projection | {"a": a, "b": b}, dtype) or one_dtype_problem(projection)
     if problem is not None:
         return problem
     if not (x.dim() and a.dim()):
@@ -93,19 +133,23 @@ MOST_TOP_K = 32  # terms of a row's sum that one program adds up
 MOST_COLUMNS = 16384  # of a row that one program holds
 
 
-def moe_combine_problem(named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None) -> str | None:
+def moe_combine_problem(
+    named: dict[str, Tensor | None],
+    top_k: int,
+    permuted: bool,
+    eps: float | None,
+    dtype: torch.dtype | None = None,
+) -> str | None:
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
     for name in ("b", "a", "x", "residual"):
         if name in given and given[name].dim() == 0:
             return f"{name} has no dims, allowed: one or more"
     b, h = given["b"], given["b"].shape[-1]
-    free = ("inverse", "masked", "topk_weights", "norm_weight")
-    problem = kind_problem({"b": b} | {name: t for name, t in given.items() if name not in free})
+    floating = {"b": b} | {name: t for name, t in given.items() if name not in ("inverse", "masked")}
+    projection = {name: given[name] for name in ("x", "gate_weight", "gate_bias") if name in given}
+    problem = kind_problem(floating, dtype) or (one_dtype_problem(projection) if projection else None)
     if problem is not None:
         return problem
-    for name in ("topk_weights", "norm_weight"):
-        if name in given and given[name].dtype not in (b.dtype, torch.float32):
-            return f"{name} is {given[name].dtype}, allowed: {b.dtype} as b, or torch.float32"
     if "inverse" in given and given["inverse"].dtype not in (torch.int32, torch.int64):
         return f"inverse is {given['inverse'].dtype}, allowed: torch.int32 or torch.int64"
     if "masked" in given and given["masked"].dtype != torch.bool:
@@ -156,19 +200,23 @@ def moe_combine_problem(named: dict[str, Tensor | None], top_k: int, permuted: b
 # As the registered ops tell it: RuntimeError, as ATen's own ops raise.
 
 
-def check_gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> None:
-    problem = gated_add_problem(a, gate, b, numerics)
+def check_gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str, dtype: torch.dtype | None = None) -> None:
+    problem = gated_add_problem(a, gate, b, numerics, dtype)
     if problem is not None:
         raise RuntimeError(f"fusionpass::gated_add: {problem}")
 
 
-def check_gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
-    problem = gate_projected_add_problem(x, weight, bias, a, b)
+def check_gate_projected_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    problem = gate_projected_add_problem(x, weight, bias, a, b, dtype)
     if problem is not None:
         raise RuntimeError(f"fusionpass::gate_projected_add: {problem}")
 
 
-def check_moe_combine(named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None) -> None:
-    problem = moe_combine_problem(named, top_k, permuted, eps)
+def check_moe_combine(
+    named: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None, dtype: torch.dtype | None = None
+) -> None:
+    problem = moe_combine_problem(named, top_k, permuted, eps, dtype)
     if problem is not None:
         raise RuntimeError(f"fusionpass::moe_combine: {problem}")

@@ -2,7 +2,8 @@
 
 shapes    a, b, y: [..., H]   x: [..., K], as many rows as a   weight: [1, K], [K, 1] or [K]   bias: one element or None
 strides   any for each tensor, 0 included for x, weight, a and b; y is given
-dtypes    bf16, fp16, fp32, one for all; arithmetic in fp32, one rounding at the store
+dtypes    bf16, fp16, fp32: one for x, weight, bias and the logit, one for each of a, b and y; arithmetic in fp32, one
+          rounding at the store
 traffic   (rows * (3 * H + K) + K) * itemsize; eager moves (rows * (5 * H + K + 4) + K) * itemsize in four kernels,
           Inductor rows * 2 * itemsize more than this one, in two
 gradient  da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x;
@@ -11,7 +12,7 @@ gradient  da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import gcd, prod
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract
+from . import aten, contract, gated_add
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .dependent import dependent_launch
 from .launching import Calls, Launch, Launches, Result, layouts, prepared, warps_for
@@ -103,7 +104,7 @@ def gate_projected_add_kernel(
         logit += unpacked(tl.load(BIAS))
     if KEEP_LOGIT:
         first = tl.program_id(0) % programs == 0
-        tl.store(LOGIT + row, rounded(logit, Y.dtype.element_ty, INTERPRETED), mask=first)
+        tl.store(LOGIT + row, rounded(logit, LOGIT.dtype.element_ty, INTERPRETED), mask=first)
     y = unpacked(a) + sigmoid(logit, PRECISE, INTERPRETED) * unpacked(b)
     tl.store(
         Y + tl.multiple_of(row * y_row, VECTOR) + h * y_col, rounded(y, Y.dtype.element_ty, INTERPRETED), mask=h < H
@@ -154,7 +155,9 @@ def _prepared(
     device = y.get_device()
     dependent = dependent_launch(device)
     numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent]
-    numbers += [vector(rows, y.element_size()), k, h, block_k, block_h]
+    itemsize = min(tensor.element_size() for tensor in (x, a, b, y))
+    numbers += [vector(rows, itemsize), k, h, block_k, block_h]
+    dtypes = x.dtype, a.dtype, b.dtype, y.dtype
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     programs = triton.cdiv(h, block_h)
     launches = []
@@ -164,9 +167,23 @@ def _prepared(
             of_x, of_a, of_b, of_y = (
                 row_offset(start + first, tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)
             )
-            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (y.dtype, *numbers), **options)
+            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (dtypes, *numbers), **options)
             launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y, start + first if keep_logit else 0]))
     return prepared(launches)
+
+
+def _without_columns(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, y: Tensor, _: Tensor) -> None:
+    """In the kernel's place where x has no columns, for which it does not compile: the logit is the bias, or zero."""
+    gated_add.launch(y, a, aten.constant_logit(None if bias is weight else bias, x, a.shape[:-1]), b)
+
+
+def _call(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, **how: bool
+) -> Callable | None:
+    """What writes into memory laid out as `y`; None where it has no elements."""
+    if y.numel() == 0:
+        return None
+    return _without_columns if x.shape[-1] == 0 else _prepared(y, x, weight, bias, a, b, **how)
 
 
 _into = Calls()
@@ -179,12 +196,15 @@ def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
     if y.numel() == 0:
         return
     key = layouts(x, weight, bias, a, b, y)
-    call = _into.get(key) or _into.keep(key, _prepared(y, x, weight, bias, a, b))
+    call = _into.get(key) or _into.keep(key, _call(y, x, weight, bias, a, b))
     call(x, weight, weight if bias is None else bias, a, b, y, y)
 
 
-def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """a + sigmoid(x . weight + bias) * b, a new tensor with the strides of the eager expression.
+def gate_projected_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """a + sigmoid(x . weight + bias) * b, a new tensor with the strides of the eager expression, and its dtype if none is
+    given.
 
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
@@ -193,14 +213,13 @@ def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor
     key = (
         x.shape, x.stride(), weight.shape, weight.stride(), a.shape, a.stride(), b.shape, b.stride(),
         x.dtype, weight.dtype, a.dtype, b.dtype, x.get_device(), weight.get_device(), a.get_device(), b.get_device(),
-        bias is not None and layouts(bias),
+        bias is not None and layouts(bias), dtype,
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b)
-        y = aten.empty_row_gated_sum(a, b)
-        known = Result(a, y.stride()), _prepared(y, x, weight, bias, a, b) if y.numel() else None
-        _fresh.keep(key, known)
+        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), _call(y, x, weight, bias, a, b)))
     result, call = known
     y = result.empty(a)
     if call is not None:
@@ -209,24 +228,26 @@ def gate_projected_add(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor
 
 
 def gate_projected_add_and_logit(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the gate logit [..., 1], rounded to the dtype, which the gradients need.
+    """The same, and the gate logit [..., 1], rounded to the dtype of x, which the gradients need.
 
     Raises:
         RuntimeError: outside the op's contract.
     """
-    key = layouts(x, weight, bias, a, b)
+    key = dtype, *layouts(x, weight, bias, a, b)
     known = _with_logit.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b)
-        y = aten.empty_row_gated_sum(a, b)
-        call = _prepared(y, x, weight, bias, a, b, keep_logit=True) if y.numel() else None
-        known = _with_logit.keep(key, (Result(a, y.stride()), call))
+        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        call = _call(y, x, weight, bias, a, b, keep_logit=True)
+        known = _with_logit.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known
     y = result.empty(a)
-    if call is None:
+    if call is None or call is _without_columns:
+        if call is not None:
+            call(x, weight, weight if bias is None else bias, a, b, y, y)
         return y, aten.projected_logit(x, weight, bias, a)
-    logit = torch.empty((*a.shape[:-1], 1), dtype=a.dtype, device=a.device)
+    logit = torch.empty((*a.shape[:-1], 1), dtype=x.dtype, device=a.device)
     call(x, weight, weight if bias is None else bias, a, b, y, logit)
     return y, logit

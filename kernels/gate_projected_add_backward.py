@@ -5,7 +5,7 @@
 
 shapes    dy, b, db: [..., H]   logit: [..., 1]   dx, x: [..., K]   weight, dweight: K elements   dbias: [1]
           x is None where the weight needs no gradient
-strides   contiguous; H and K up to 8192. Any other layout takes the same formulas in ATen
+strides   contiguous; H and K up to 8192. Any other layout takes the same formulas in ATen, as mixed dtypes do
 dtypes    bf16, fp16, fp32, one for all; arithmetic, sums over a row and over rows in fp32, one rounding at the store
 order     dweight sums the rows of each program in order, then the programs' sums in order: the same bits on every run
 traffic   (rows * (3 * H + 2 * K + 1) + 2 * K) * itemsize + 8 * programs * K; eager moves rows * (7 * H + 3 * K) * itemsize
@@ -80,9 +80,10 @@ def sum_rows_kernel(SUMS, Y, rows, INTERPRETED: tl.constexpr, K: tl.constexpr, R
 
 
 def fits(dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor) -> bool:
-    """Whether the kernels take these layouts; shapes, dtypes and devices are the caller's to check."""
+    """Whether the kernels take these layouts and dtypes; shapes and devices are the caller's to check."""
     return (
-        0 < weight.numel() <= COLUMNS_LIMIT
+        dy.dtype == weight.dtype == logit.dtype == b.dtype
+        and 0 < weight.numel() <= COLUMNS_LIMIT
         and 0 < dy.shape[-1] <= COLUMNS_LIMIT
         and 0 < logit.numel() < 2**31 - 2**16
         and dy.is_contiguous()

@@ -2,8 +2,8 @@
 
 shapes    a, b, y: [...], one shape        gate: any shape that broadcasts to it
 strides   any for each tensor, 0 included for a, gate and b; y is given, and may be a, b or a gate of its shape
-dtypes    bf16, fp16, fp32, one for all. numerics "fp32": arithmetic in fp32, one rounding at the store;
-          "eager": sigmoid, product and sum each rounded to the dtype, bit for bit what eager CUDA gives
+dtypes    bf16, fp16, fp32, one for each. numerics "fp32": arithmetic in fp32, one rounding at the store; "eager":
+          sigmoid, product and sum each rounded to the one dtype of all, bit for bit what eager CUDA gives
 traffic   (3 * numel(a) + numel(gate)) * itemsize; eager's three kernels move (5 * numel(a) + 3 * numel(gate)) * itemsize,
           Inductor's one kernel moves what this one does
 gradient  da = dy;  db = dy * s;  dgate = sum over broadcast dims(dy * b) * s * (1 - s),  s = sigmoid(gate)
@@ -135,7 +135,7 @@ def gated_add_kernel(
     tl.store(Y + offset(i0, i1, i2, i3, y0, y1, y2, y3, DIMS), y, mask=inside)
 
 
-def _rows_launch(device, dtype, sizes, strides, shape, eager) -> Launch | None:
+def _rows_launch(device, dtypes, sizes, strides, shape, eager) -> Launch | None:
     """The launch over rows of neighbours with one logit each; None for any other layout.
 
     Rows must be those of the tensor: H is compiled in, and a size that changes from call to call must not be.
@@ -155,11 +155,11 @@ def _rows_launch(device, dtype, sizes, strides, shape, eager) -> Launch | None:
     blocks = triton.cdiv(numel, block) if flat else rows * per_row
     furthest = (last_offset(sizes, operand) + block for operand in strides)
     wide = needs_int64(max(*furthest, blocks * block))
-    constants = (h, flat, wide, eager, _precise(dtype, eager), INTERPRETED, dependent, block)
+    constants = (h, flat, wide, eager, _precise(dtypes[-1], eager), INTERPRETED, dependent, block)
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    compiled_for = (dtype, needs_int64(numel), numel % 16 == 0, numel == 1, a, g, b, y, *constants)
+    compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, a, g, b, y, *constants)
     return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), compiled_for, **options)
 
 
@@ -174,7 +174,8 @@ def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> L
     strides = a.stride(), broadcast_strides(shape, gate.shape, gate.stride()), b.stride(), y.stride()
     sizes, strides = collapse(shape, *strides, order=y.stride())
     device = y.get_device()
-    rows = _rows_launch(device, y.dtype, sizes, strides, shape, eager)
+    dtypes = a.dtype, gate.dtype, b.dtype, y.dtype
+    rows = _rows_launch(device, dtypes, sizes, strides, shape, eager)
     if rows is not None:
         return rows
     if not sizes:
@@ -194,7 +195,7 @@ def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> L
     constants = (dims, wide, eager, _precise(y.dtype, eager), INTERPRETED, BLOCK)
     blocks = triton.cdiv(numel, BLOCK)  # the grid's limit, 2**31 - 1 blocks, is 2**41 elements
     arguments = (numel, *numbers, *constants)
-    launch = Launch(gated_add_kernel, device, blocks, arguments, (y.dtype, *arguments), enable_fp_fusion=not eager)
+    launch = Launch(gated_add_kernel, device, blocks, arguments, (dtypes, *arguments), enable_fp_fusion=not eager)
     return prepared([(launch, each) for each in offsets])
 
 
@@ -211,22 +212,23 @@ def launch(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32"
     call(a, gate, b, y)
 
 
-def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> Tensor:
-    """a + sigmoid(gate) * b, a new tensor with the strides of the eager expression.
+def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None) -> Tensor:
+    """a + sigmoid(gate) * b, a new tensor with the strides of the eager expression, and its dtype if none is given.
 
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
     # `layouts` spelled out, and flat: 1.2 us, where it takes 1.5.
     key = (
-        numerics, a.shape, a.stride(), gate.shape, gate.stride(), b.shape, b.stride(), a.dtype, gate.dtype, b.dtype,
+        numerics, dtype, a.shape, a.stride(), gate.shape, gate.stride(), b.shape, b.stride(), a.dtype, gate.dtype, b.dtype,
         a.get_device(), gate.get_device(), b.get_device(),
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gated_add(a, gate, b, numerics)
-        y = aten.empty_sum(a, gate, b)
-        known = _fresh.keep(key, (Result(a, y.stride()), _prepared(y, a, gate, b, numerics) if y.numel() else None))
+        contract.check_gated_add(a, gate, b, numerics, dtype)
+        y = aten.empty_sum(a, gate, b, contract.result_dtype(dtype, a, gate, b))
+        call = _prepared(y, a, gate, b, numerics) if y.numel() else None
+        known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known
     y = result.empty(a)
     if call is not None:

@@ -1,7 +1,7 @@
 """gated_add_backward: db = dy * s;  dgate = rowsum(dy * b) * s * (1 - s);  s = sigmoid(gate)
 
 shapes    dy, b, db: [..., H]   gate, dgate: [..., 1]
-strides   contiguous; H up to 8192. Any other layout takes the same formulas in ATen
+strides   contiguous; H up to 8192. Any other layout takes the same formulas in ATen, as mixed dtypes do
 dtypes    bf16, fp16, fp32, one for all; arithmetic and row sums in fp32, one rounding at the store
 traffic   rows * (3 * H + 2) * itemsize; eager's five kernels move rows * (7 * H + 5) * itemsize
 """
@@ -44,9 +44,10 @@ def gated_add_backward_kernel(
 
 
 def fits(dy: Tensor, gate: Tensor, b: Tensor) -> bool:
-    """Whether the kernel takes these layouts; dtypes and devices are the caller's to check."""
+    """Whether the kernel takes these layouts and dtypes; devices are the caller's to check."""
     return (
-        gate.shape == (*dy.shape[:-1], 1)
+        dy.dtype == gate.dtype == b.dtype
+        and gate.shape == (*dy.shape[:-1], 1)
         and 0 < dy.shape[-1] <= COLUMNS_LIMIT
         and 0 < gate.numel() <= GRID_LIMIT
         and dy.is_contiguous()

@@ -5,8 +5,8 @@
 
 shapes    T rows of H <= 16384 columns in b, residual, sum, normed and a; y is [T * K, H] or [T, K, H] with K <= 32
 strides   any; an operand whose rows no single stride crosses is copied first; the results are contiguous
-dtypes    bf16, fp16, fp32, one for all but weights and norm_weight, which may be fp32; inverse int32 or int64,
-          from -T * K to T * K - 1, which is the caller's to hold;
+dtypes    bf16, fp16, fp32: one for x, gate_weight and gate_bias, one for each of the others and one for the results;
+          inverse int32 or int64, from -T * K to T * K - 1, which is the caller's to hold;
           arithmetic in fp32, sums over k too, and one rounding per result
 traffic   T * H * (K or 1, + 1 for b, + 1 for x, + 1 for residual, + 1 for sum, + 1 for normed) * itemsize, and little more
 """
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import contract
+from . import aten, contract
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .dependent import dependent_launch
 from .gate_projected_add import (
@@ -157,22 +157,31 @@ def rows_of(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
 class _Prepared:
     """What is known of a call once its operands' layouts are: the results' memory and the launch."""
 
-    __slots__ = ("_flat", "_launch", "_norm", "_result")
+    __slots__ = ("_dtype", "_flat", "_launch", "_norm", "_result")
 
-    def __init__(self, operands: Sequence[Tensor | None], top_k: int, permuted: bool, eps: float | None, offset: float):
+    def __init__(
+        self,
+        operands: Sequence[Tensor | None],
+        top_k: int,
+        permuted: bool,
+        eps: float | None,
+        offset: float,
+        dtype: torch.dtype,
+    ):
         named, rows = dict(zip(NAMES, operands, strict=True)), rows_of(operands)
         # Most operands are rows as they stand; these are not.
         self._flat = [i for i, name in enumerate(NAMES) if rows[name] is not named[name]]
         shaped = named["b"] if named["residual"] is None else named["residual"]
-        self._result = Result(shaped, contiguous_strides(shaped.shape))
+        self._result = Result(shaped, contiguous_strides(shaped.shape), dtype)
+        self._dtype = dtype
         self._norm = eps is not None
         count = shaped.numel() // shaped.shape[-1]
-        self._launch = _launch(rows, count, top_k, permuted, eps, offset) if count else None
+        self._launch = _launch(rows, count, dtype, top_k, permuted, eps, offset) if count else None
 
     def __call__(self, operands: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         b = operands[B_AT]
         total = self._result.empty(b)
-        normed = self._result.empty(b) if self._norm else b.new_empty(0)
+        normed = self._result.empty(b) if self._norm else b.new_empty(0, dtype=self._dtype)
         if self._launch is not None:
             if self._flat:
                 operands = list(operands)
@@ -183,7 +192,13 @@ class _Prepared:
 
 
 def arguments(
-    rows: dict[str, Tensor | None], top_k: int, permuted: bool, eps: float | None, offset: float, dependent: bool
+    rows: dict[str, Tensor | None],
+    dtype: torch.dtype,
+    top_k: int,
+    permuted: bool,
+    eps: float | None,
+    offset: float,
+    dependent: bool,
 ) -> tuple[list[int | bool | float], int]:
     """What the kernel takes after its pointers, in order, and its warps. Absent operands cost nothing: their loads are
     compiled away."""
@@ -211,17 +226,18 @@ def arguments(
     indexed, masked, projected, has_bias, has_residual, has_norm_weight = given
     numbers += [top_k, indexed, permuted, masked, projected, has_bias, has_residual, eps is not None, has_norm_weight]
     starts = [t.stride(0) for name, t in rows.items() if t is not None and t.dim() == 2 and name != "gate_weight"]
-    in_flight = max(REGISTERS * 4 * 32 * warps // (block_h * b.element_size()), 1)
-    numbers += [eps or 0.0, offset, wide, b.dtype == torch.float32, INTERPRETED, dependent, in_flight]
-    numbers += [vector([*starts, h], b.element_size()), k, h, block_k, block_h]
+    in_flight = max(REGISTERS * 4 * 32 * warps // (block_h * rows["a"].element_size()), 1)
+    numbers += [eps or 0.0, offset, wide, dtype == torch.float32, INTERPRETED, dependent, in_flight]
+    itemsize = min(rows[name].element_size() for name in ("a", "b", "x", "residual") if rows[name] is not None)
+    numbers += [vector([*starts, h], itemsize), k, h, block_k, block_h]
     return numbers, warps
 
 
-def _launch(rows: dict[str, Tensor | None], count: int, *how) -> Launch:
+def _launch(rows: dict[str, Tensor | None], count: int, dtype: torch.dtype, *how) -> Launch:
     device = rows["b"].get_device()
     dependent = dependent_launch(device)
-    numbers, warps = arguments(rows, *how, dependent)
-    dtypes = [None if t is None else t.dtype for t in rows.values()]
+    numbers, warps = arguments(rows, dtype, *how, dependent)
+    dtypes = [dtype, *(None if t is None else t.dtype for t in rows.values())]
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     return Launch(moe_combine_kernel, device, count, numbers, (*dtypes, *numbers), **options)
 
@@ -233,17 +249,24 @@ def moe_combine(
     a: Tensor, b: Tensor, gate: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
     topk_weights: Tensor | None, inverse: Tensor | None, masked: Tensor | None, residual: Tensor | None,
     norm_weight: Tensor | None,
-    top_k: int, permuted: bool, eps: float | None, offset: float,
+    top_k: int, permuted: bool, eps: float | None, offset: float, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The sum and the normed sum, new and contiguous; without `eps` the latter is an empty tensor.
+
+    dtype: of both; None for that of a, b, residual and the gate (x) promoted.
 
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
     operands = ordered(a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, masked, residual, norm_weight)
-    key = layouts(*operands), top_k, permuted, eps, offset
+    key = layouts(*operands), top_k, permuted, eps, offset, dtype
     call = _known.get(key)
     if call is None:
-        contract.check_moe_combine(dict(zip(NAMES, operands, strict=True)), top_k, permuted, eps)
-        call = _known.keep(key, _Prepared(operands, top_k, permuted, eps, offset))
+        contract.check_moe_combine(dict(zip(NAMES, operands, strict=True)), top_k, permuted, eps, dtype)
+        final = contract.combined_dtype(dtype, a, b, gate, x, residual)
+        if x is not None and x.shape[-1] == 0:  # for no columns the kernel does not compile
+            gate, x, gate_weight, gate_bias = aten.constant_logit(gate_bias, x, b.shape[:-1]), None, None, None
+            operands = a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, masked, residual, norm_weight
+            return moe_combine(*operands, top_k, permuted, eps, offset, final)
+        call = _known.keep(key, _Prepared(operands, top_k, permuted, eps, offset, final))
     return call(operands)

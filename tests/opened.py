@@ -14,6 +14,7 @@ import torch._inductor.config
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+import fusionpass
 import fusionpass.inductor
 from fusionpass import backend, library
 from fusionpass.bench.cases import OPS, Case, draw
@@ -93,10 +94,45 @@ def gradient_error() -> float:
     return max(float((g - w).norm() / w.norm()) for w, g in zip(*gradients, strict=True))
 
 
+def eagers_bits() -> dict[str, int]:
+    """Of a graph with numerics "eager": elements that are not eager's, and calls of the op that are left in it."""
+    seen: list[str] = []
+    torch._inductor.config.post_grad_custom_post_pass = lambda graph: seen.extend(
+        str(node.target) for node in graph.nodes if node.op == "call_function"
+    )
+    torch._dynamo.reset()
+    inputs = draw(Case("gated_add", 64, 256, "bf16"), torch.Generator("cpu").manual_seed(0)).inputs
+    function = OPS["gated_add"].eager
+    with torch.no_grad():
+        got = fusionpass.fuse(lambda *given: function(*given), inner="inductor", numerics="eager")(*inputs)
+    return {"differ": int((got != function(*inputs)).sum()), "ops": sum("fusionpass" in call for call in seen)}
+
+
+def recorded_combine_error() -> float:
+    """Largest relative difference of moe_combine's results and gradients under Inductor from those without it."""
+    torch._inductor.config.post_grad_custom_post_pass = None
+    torch._dynamo.reset()
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = (5, 64), (1, 64), (1,), (5, 32), (5, 32), (5, 32)
+    *inputs, seed = (torch.randn(shape, generator=generator) for shape in shapes)
+
+    def combine(x, weight, bias, a, b):
+        options = {"x": x, "gate_weight": weight, "gate_bias": bias, "residual": a, "eps": 1e-6}
+        return torch.ops.fusionpass.moe_combine(a, b.bfloat16(), **options, dtype=torch.float32)[1]
+
+    found = []
+    for function in (combine, torch.compile(combine, backend=backend.fusionpass)):
+        given = [tensor.clone().requires_grad_() for tensor in inputs]
+        y = function(*given)
+        found.append((y.detach(), *torch.autograd.grad((y * seed).sum(), given)))
+    return max(float((g - w).norm() / w.norm()) for w, g in zip(*found, strict=True))
+
+
 def main() -> None:
     forward = [name for name, op in OPS.items() if not op.backward]
     expressions = [nodes_of(name) for name in forward]
     training = gradient_error()
+    exact = {"eager's bits": eagers_bits(), "combine error": recorded_combine_error()}
     driver.set_active(Driver())
     launched = fusionpass.inductor._launched
     inside = fusionpass.inductor._INSIDE
@@ -104,7 +140,13 @@ def main() -> None:
     inside[library.gate_projected_add] = lambda x, w, bias, a, b: launched(a, b, x=x, gate_weight=w, gate_bias=bias)[0]
     kernels = [nodes_of(name) for name in forward if name != "gated_add"]
     kernels += [nodes_of(name, dynamic=True) for name in ("gate_projected_add", "moe_combine")]
-    found = {"expressions": expressions, "kernels": kernels, "gradient error": training, "routed": routed_calls()}
+    found = {
+        "expressions": expressions,
+        "kernels": kernels,
+        "gradient error": training,
+        "routed": routed_calls(),
+        **exact,
+    }
     print(json.dumps(found))
 
 

@@ -120,7 +120,7 @@ PRODUCTS = "a b x gate_weight topk_weights residual".split()  # what is summed u
 
 
 def expression(dtype=F32, **arguments):
-    return moe_combine_expression(*implementations.combine_arguments(**arguments), dtype=dtype)
+    return moe_combine_expression(*implementations.combine_arguments(**arguments), compute=dtype)
 
 
 def eager(
@@ -810,3 +810,60 @@ def test_graphs_that_python_runs_call_directly(through_op, inner, called):
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert [t for t in targets if t in (op, direct.moe_combine)] == [called]
     assert torch.sigmoid not in targets
+
+
+# What is kept for the backward.
+
+
+def kept_bytes(function):
+    """Of the storages that the backward keeps, each counted once."""
+    sizes = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        results = function()
+    return sum(sizes.values()), results
+
+
+NODES = {
+    "core": {"top_k": 0, "residual": False, "norm": None},
+    "residual": {"top_k": 0, "residual": True, "norm": None},
+    "finalize": {"top_k": 2, "residual": True, "norm": None},
+    "norm": {"top_k": 0, "residual": True, "norm": 0.0},
+    "norm of 1 + weight": {"top_k": 2, "residual": False, "norm": 1.0},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F32], ids=str)
+@pytest.mark.parametrize("projects", [True, False])
+@pytest.mark.parametrize(("top_k", "residual", "norm"), [tuple(n.values()) for n in NODES.values()], ids=NODES)
+def test_no_more_is_saved_than_by_the_nodes(implementation, dtype, projects, top_k, residual, norm):
+    def make(*shape):
+        return torch.randn(shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+    t, h = 64, 128
+    a, b, r, w = make(t * max(top_k, 1), h), make(t, h), make(t, h), make(h)
+    x, gate_weight, gate, topk = make(t, h), make(1, h), make(t, 1), make(t, 2)
+
+    def nodes():
+        routed = (a * topk.view(-1, 1)).view(t, 2, h).sum(1) if top_k else a
+        total = routed + torch.sigmoid(torch.nn.functional.linear(x, gate_weight) if projects else gate) * b
+        total = r + total if residual else total
+        if norm is None:
+            return total, None
+        wide = total.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return total, (normed * (1.0 + w.float())).to(dtype) if norm else w * normed.to(dtype)
+
+    options = {"x": x, "gate_weight": gate_weight} if projects else {"gate": gate}
+    options |= {"topk_weights": topk, "top_k": 2} if top_k else {}
+    options |= {"residual": r} if residual else {}
+    options |= {} if norm is None else {"norm_weight": w, "eps": 1e-6, "offset": norm}
+    least, _ = kept_bytes(nodes)
+    ours, results = kept_bytes(lambda: torch.ops.fusionpass.moe_combine(a, b, **options))
+    assert ours <= least
+    assert all(result.requires_grad for result in results if result.numel())

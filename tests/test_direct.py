@@ -188,7 +188,7 @@ SITUATIONS = {
     "double backward": Situation(double_backward, True),
     "no_grad": Situation(no_grad_of_leaves, True),
     "inference mode": Situation(inference, True),
-    "autocast": Situation(within(lambda: torch.autocast(DEVICE, torch.bfloat16)), True),
+    "autocast": Situation(within(lambda: torch.autocast(DEVICE, torch.bfloat16)), False),
     "a view of a view": Situation(lambda f, t: f(*[x[None][0] for x in t]), True),
     "meta tensors": Situation(meta, False),
     "fake tensors": Situation(faked, False),
@@ -280,12 +280,12 @@ BAD = {
     "b's shape": ("gated_add", 2, lambda t: t[:, :7]),
     "gate's rows": ("gated_add", 1, lambda t: t[:3]),
     "gate 0-d": ("gated_add", 1, lambda t: t[0, 0]),
-    "dtypes": ("gated_add", 1, lambda t: t.half()),
+    "dtypes": ("gated_add", 1, lambda t: t.double()),
     "float64": ("gated_add", 0, lambda t: t.double()),
     "x's rows": ("gate_projected_add", 0, lambda t: t[:3]),
     "weight": ("gate_projected_add", 1, lambda t: t[:, :5]),
     "bias": ("gate_projected_add", 2, lambda t: torch.cat([t, t])),
-    "b's dtype": ("gate_projected_add", 4, lambda t: t.bfloat16()),
+    "b's dtype": ("gate_projected_add", 4, lambda t: t.double()),
 }
 if DEVICE == "cuda":
     BAD["device"] = "gated_add", 2, lambda t: t.cpu()

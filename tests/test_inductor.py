@@ -43,6 +43,17 @@ def test_a_training_step_has_eagers_gradients(opened):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
+def test_numerics_eager_are_eagers_bits(opened):
+    """Inductor's own code on a CPU has other bits: the op stays one call."""
+    assert opened["eager's bits"] == {"differ": 0, "ops": 1}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
+def test_a_recorded_combine_has_the_gradients_of_its_steps(opened):
+    assert opened["combine error"] < 1e-2  # b is in bfloat16, and so is its gradient
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="stands in for a GPU")
 def test_the_kernel_is_in_the_graph(opened):
     """One wrapper of a Triton kernel whose results Inductor allocates, for static sizes and for any number of rows."""
     assert len(opened["kernels"]) == 5
