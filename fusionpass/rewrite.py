@@ -15,7 +15,7 @@ from fusionpass.copying import editable
 from fusionpass.engine import Outcome, foreign_type, run
 from fusionpass.options import Options
 from fusionpass.report import Report
-from fusionpass.tensors import value_of
+from fusionpass.shapes import ensure_shapes
 
 
 class Rewritten(NamedTuple):
@@ -33,8 +33,9 @@ def rewrite(
     Args:
         graph: a `GraphModule` from Dynamo, `torch.export`, `make_fx`, AOTAutograd or `torch.fx.symbolic_trace`, or an
             `ExportedProgram`.
-        example_inputs: one value per graph input, needed where the tracer recorded no shapes (`symbolic_trace`). They are
-            read for shape, dtype, stride and device only; nothing runs on them.
+        example_inputs: one value per graph input, needed where nobody recorded shapes (`symbolic_trace` does not;
+            `FakeTensorProp` and `ShapeProp` do). They are read for shape, dtype, stride, device and `requires_grad` only: the
+            graph runs once on fakes of them, with fake copies of the parameters, buffers and leaf modules.
         options: as for `fusionpass.fuse`.
 
     Returns:
@@ -53,7 +54,7 @@ def rewrite(
         result, outcome = _rewrite_exported(graph, chosen)
     elif isinstance(graph, GraphModule):
         result = editable(graph)
-        _ensure_shapes(result, example_inputs)
+        ensure_shapes(result, example_inputs)
         outcome = run(result, chosen, foreign=foreign_type(example_inputs))
     else:
         raise TypeError(
@@ -65,38 +66,6 @@ def rewrite(
     if not outcome.rewrites:
         notice.nothing(own.report.why_nothing(), chosen)
     return Rewritten(result, own.report)
-
-
-def _ensure_shapes(graph_module: GraphModule, example_inputs: Sequence[Any] | None) -> None:
-    """Have a recorded value on every node, from the tracer or by running the graph on fakes of `example_inputs`."""
-    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    calls = [node for node in graph_module.graph.nodes if node.op.startswith("call_")]
-    if example_inputs is not None:
-        required = sum(1 for node in inputs if not node.args)
-        if not required <= len(example_inputs) <= len(inputs):
-            names = ", ".join(node.name for node in inputs)
-            raise ValueError(f"example_inputs has {len(example_inputs)} values, the graph takes {len(inputs)}: {names}")
-    if not calls or any(value_of(node) is not None for node in calls):
-        return
-    if example_inputs is None:
-        raise ValueError(
-            "the graph has no recorded shapes, as torch.fx.symbolic_trace leaves it: pass rewrite(graph, example_inputs) "
-            "with one value per input"
-        )
-    _propagate(graph_module, example_inputs)
-
-
-def _propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
-    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-
-    from fusionpass.private import FakeTensorMode
-
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        FakeTensorProp(graph_module, mode).propagate(*example_inputs)
-    except Exception as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"example_inputs do not fit the graph: {type(error).__name__}: {first_line}") from error
 
 
 def _rewrite_exported(program: ExportedProgram, options: Options) -> tuple[ExportedProgram, Outcome]:
