@@ -1,8 +1,8 @@
 """One run of a graph on fake tensors, in which each node keeps a record of what it gave.
 
 Nothing of the user's is touched by it. Parameters, buffers and leaf modules are fake copies, so what a leaf module's code
-writes, counts or caches, and what its hooks do to it, is the copy's; the random streams are put back. The graphs that a graph
-calls as modules, such as the pieces of a split one, are run node by node too.
+writes, counts or caches, and what its hooks do to it, is the copy's; the random streams are put back. The graphs that a
+graph calls as modules, such as the pieces of a split one, are run node by node too.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from fusionpass.nodes import is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.provenance import inherit
 from fusionpass.tensors import tensor_of
+from fusionpass.verify import as_fake, fake_mode_for
 
 
 class Inserted(NamedTuple):
@@ -152,9 +153,4 @@ def _call(graph: Graph, site: Site, options: Options) -> Node:
 def _own_value(new: Node, old_value: torch.Tensor) -> None:
     """The recorded value of `a += ...` is a itself; the op's result is memory of its own."""
     key = "val" if "val" in new.meta else "example_value"
-    mode = getattr(old_value, "fake_mode", None)
-    if mode is not None:
-        with mode, torch.no_grad():
-            new.meta[key] = torch.empty_strided(
-                old_value.shape, old_value.stride(), dtype=old_value.dtype, device=old_value.device
-            )
+    new.meta[key] = as_fake(old_value, getattr(old_value, "fake_mode", None) or fake_mode_for([old_value]))

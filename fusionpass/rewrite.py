@@ -34,8 +34,8 @@ def rewrite(
         graph: a `GraphModule` from Dynamo, `torch.export`, `make_fx`, AOTAutograd or `torch.fx.symbolic_trace`, or an
             `ExportedProgram`.
         example_inputs: one value per graph input, needed where nobody recorded shapes (`symbolic_trace` does not;
-            `FakeTensorProp` and `ShapeProp` do). They are read for shape, dtype, stride, device and `requires_grad` only: the
-            graph runs once on fakes of them, with fake copies of the parameters, buffers and leaf modules.
+            `FakeTensorProp` and `ShapeProp` do). They are read for shape, dtype, stride, device and `requires_grad` only:
+            the graph runs once on fakes of them, with fake copies of the parameters, buffers and leaf modules.
         options: as for `fusionpass.fuse`.
 
     Returns:

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from fusionpass.private import FakeTensor, FakeTensorMode
+from fusionpass.private import FakeTensorMode
 from fusionpass.propagate import called_graphs, lacks_values, propagate
 from fusionpass.tensors import value_of
 
