@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,23 +37,32 @@ class Outcome:
     nodes: int = 0
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # name of a value's old node -> name of its new one
+    renamed: dict[str, str] = field(default_factory=dict)  # of the outermost graph: name of a value's old node -> of its new one
     switched_off: bool = False  # PyTorch's tools kept the pass from running
 
 
-def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned: bool = False) -> Outcome:
+def run(
+    graph_module: GraphModule,
+    options: Options,
+    *,
+    foreign: str = "",
+    tuned: bool = False,
+    keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None,
+) -> Outcome:
     """Rewrite `graph_module` in place and say what was done.
 
     Args:
         foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
             Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
+        keeps: says of a site of the outermost graph, after each step of its growth, why what owns the graph needs nodes of
+            it to stay; it is given what was renamed so far.
 
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
     outcome = Outcome()
-    _Pass(options, foreign, tuned, outcome).over(graph_module, inside_functorch=False)
+    _Pass(options, foreign, tuned, outcome, graph_module, keeps).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -71,6 +80,8 @@ class _Pass:
     foreign: str
     tuned: bool
     outcome: Outcome
+    root: GraphModule
+    keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None
     seen: set[int] = field(default_factory=set)
 
     def over(self, gm: GraphModule, inside_functorch: bool) -> None:
@@ -87,7 +98,7 @@ class _Pass:
             if not readings:
                 continue
             effects = effects or Effects(gm, inside_functorch)
-            site, refusal = self.judged(readings, words, effects)
+            site, refusal = self.judged(readings, words, effects, self.kept if gm is self.root else None)
             if refusal is not None:
                 self.outcome.misses.append(_miss(add, refusal))
                 continue
@@ -101,12 +112,17 @@ class _Pass:
         if gone:
             gm.recompile()
 
-    def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site, Refusal | None]:
+    def kept(self, site: Site) -> Refusal | None:
+        return self.keeps(site, self.outcome.renamed) if self.keeps is not None else None
+
+    def judged(self, readings, words: Vocabulary, effects: Effects, kept) -> tuple[Site, Refusal | None]:
         """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
         site, refusal = _choose(readings, effects, self.foreign)
+        if refusal is None and kept is not None:
+            refusal = kept(site)
         if refusal is not None:
             return site, refusal
-        _grow(site, words, effects, self.options)
+        _grow(site, words, effects, self.options, kept)
         if self.options.profitable_only:
             refusal = left_to_inner(site, effects, self.options, tuned=self.tuned)
         return site, refusal
@@ -122,7 +138,8 @@ class _Pass:
             validate(gm, site, inserted, self.options)
         new, gone, renamed = take_over(gm.graph, site, inserted, effects)
         kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
-        self.outcome.renamed |= renamed
+        if gm is self.root:  # names of a child graph's nodes say nothing outside it
+            self.outcome.renamed |= renamed
         return Rewrite(
             rule="gated_add",
             stages=list(site.stages),
@@ -155,13 +172,16 @@ def _choose(readings: list[tuple[Site, Refusal | None]], effects: Effects, forei
     return (direct or refused)[0]
 
 
-def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> None:
+def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options, kept) -> None:
     for stage in STAGES:
         name = stage.INFO.name
         if not options.allows(name):
             refusal = Refusal("not-allowed", "option 'rules' leaves out {}", name)
         else:
+            before = {key: list(value) if isinstance(value, list) else value for key, value in vars(site).items()}
             refusal = stage.grow(site, words, effects, options)
+            if refusal is None and kept is not None and (refusal := kept(site)) is not None:
+                vars(site).update(before)
         if refusal is not None:
             site.stopped.append((name, refusal))
 

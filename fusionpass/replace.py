@@ -46,7 +46,9 @@ def insert(graph: Graph, site: Site, options: Options) -> Inserted:
         op = _combine_call(graph, site)
         total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
         normed = None
-        if site.norm is not None:
+    if site.combined and site.norm is not None:
+        # Where the old one stood: `torch.export.unflatten` tells a module's nodes by their standing together.
+        with graph.inserting_before(site.norm.result):
             normed = graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed")
     _describe(site, op, total, normed)
     return Inserted(op, total, normed)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputSpec
 from torch.fx import GraphModule
 
 from fusionpass import collecting, notice
 from fusionpass.copying import editable
-from fusionpass.engine import Outcome, foreign_type, run
+from fusionpass.engine import foreign_type, run
+from fusionpass.exported import rewrite_exported
+from fusionpass.gradients import as_in_training
 from fusionpass.options import Options
 from fusionpass.report import Report
 from fusionpass.shapes import ensure_shapes
@@ -51,11 +51,12 @@ def rewrite(
         kind = type(example_inputs).__name__
         raise TypeError(f"example_inputs is a {kind}: it takes a list or tuple with one value per input of the graph")
     if isinstance(graph, ExportedProgram):
-        result, outcome = _rewrite_exported(graph, chosen)
+        result, outcome = rewrite_exported(graph, chosen)
     elif isinstance(graph, GraphModule):
         result = editable(graph)
         ensure_shapes(result, example_inputs)
-        outcome = run(result, chosen, foreign=foreign_type(example_inputs))
+        with as_in_training(result, example_inputs or ()):
+            outcome = run(result, chosen, foreign=foreign_type(example_inputs))
     else:
         raise TypeError(
             f"rewrite was given a {type(graph).__name__}: it takes a torch.fx.GraphModule or an ExportedProgram; "
@@ -66,32 +67,3 @@ def rewrite(
     if not outcome.rewrites:
         notice.nothing(own.report.why_nothing(), chosen)
     return Rewritten(result, own.report)
-
-
-def _rewrite_exported(program: ExportedProgram, options: Options) -> tuple[ExportedProgram, Outcome]:
-    """A new program around the rewritten graph; its signature follows outputs that were renamed."""
-    graph_module = editable(program.graph_module)
-    outcome = run(graph_module, options)
-    signature = program.graph_signature
-    if any(_output_name(spec) in outcome.renamed for spec in signature.output_specs):
-        signature = copy.deepcopy(signature)
-        for spec in signature.output_specs:
-            if _output_name(spec) in outcome.renamed:
-                spec.arg.name = outcome.renamed[_output_name(spec)]
-    new_program = ExportedProgram(
-        root=graph_module,
-        graph=graph_module.graph,
-        graph_signature=signature,
-        state_dict=program.state_dict,
-        range_constraints=dict(program.range_constraints),
-        module_call_graph=list(program.module_call_graph),
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
-    return new_program, outcome
-
-
-def _output_name(spec: OutputSpec) -> str | None:
-    """The node an output stands for, None for a constant."""
-    return getattr(spec.arg, "name", None)
