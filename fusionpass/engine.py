@@ -37,7 +37,7 @@ class Outcome:
     nodes: int = 0
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # of the outermost graph: name of a value's old node -> of its new one
+    renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
     switched_off: bool = False  # PyTorch's tools kept the pass from running
 
 
@@ -134,8 +134,7 @@ class _Pass:
         module, source = module_of(site.add), source_of(site.add)
         stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
         inserted = insert(gm.graph, site, self.options)
-        if self.options.verify:
-            validate(gm, site, inserted, self.options)
+        verified = validate(gm, site, inserted, self.options) if self.options.verify else None
         new, gone, renamed = take_over(gm.graph, site, inserted, effects)
         kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
         if gm is self.root:  # names of a child graph's nodes say nothing outside it
@@ -155,6 +154,7 @@ class _Pass:
             bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
             graph=0,
             stopped=stopped,
+            verified=verified,
         )
 
 

@@ -1,7 +1,7 @@
 """Which values of a graph require gradients, where the tracer recorded that of its inputs alone.
 
-`torch.export` and `make_fx` record values apart from autograd. Run with gradients, all that is computed from a parameter that
-requires them does too, and a stage that has no backward must stay outside.
+`torch.export` and `make_fx` record values apart from autograd. Run with gradients, all that is computed from a parameter
+that requires them does too, and a stage that has no backward must stay outside.
 """
 
 from __future__ import annotations
