@@ -1,44 +1,47 @@
-"""A copy of a GraphModule whose graph may be edited, sharing every parameter, buffer and leaf module with the original."""
+"""A copy of a GraphModule whose graph may be edited: all else it has is kept, and tensors and submodules are shared.
+
+What belongs to the module itself (hooks, unused buffers, attributes, its class, whether it trains) comes along. Parameters,
+buffers and leaf modules are the same objects in both. The dicts that hold them are the copy's own, so that a change of one
+module does not show in the other.
+"""
 
 from __future__ import annotations
 
 import copy
+from types import MethodType
+from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
+from fusionpass.private import _WrappedHook
 
 
-def editable(graph_module: GraphModule, memo: dict[int, GraphModule] | None = None) -> GraphModule:
-    """The copy; child graphs are copied too, a child that several calls share once."""
+def editable(graph_module: GraphModule, memo: dict[int, torch.nn.Module] | None = None) -> GraphModule:
+    """The copy; child graphs are copied too, a child that several calls share once.
+
+    Raises:
+        ValueError: `graph_module.forward` was assigned on the instance, so that its graph is not what a call runs.
+    """
+    if replaces_forward(graph_module):
+        raise ValueError(
+            "the graph module's forward was replaced on the instance, so its graph is not what a call runs: "
+            "give rewrite the graph module as it was before, and wrap what comes back"
+        )
     memo = {} if memo is None else memo
     if id(graph_module) in memo:
         return memo[id(graph_module)]
-    new = GraphModule(graph_module, _copied(graph_module.graph), type(graph_module).__name__)
-    memo[id(graph_module)] = new
-    new.meta = dict(getattr(graph_module, "meta", {}))
-    new.training = graph_module.training  # not .train(), which would reach the shared submodules
-    for name in _HOOKS:
-        getattr(new, name).update(getattr(graph_module, name))
-    for path, child in child_graphs(new).items():
+    new = _shallow(graph_module, memo)
+    new.graph = _copied(graph_module.graph)  # compiles the forward
+    for path, child in child_graphs(graph_module).items():
         parent, _, leaf = path.rpartition(".")
-        setattr(new.get_submodule(parent), leaf, editable(child, memo))
+        setattr(_own_container(new, parent, memo), leaf, editable(child, memo))
     return new
 
 
-def _copied(graph: Graph) -> Graph:
-    """The graph with every node's name: copying renames those that are called as a builtin is, such as `input`, by which
-    name an exported program's signature knows it."""
-    new = copy.deepcopy(graph)
-    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
-        new_node.name = old_node.name
-    return new
+def replaces_forward(graph_module: GraphModule) -> bool:
+    """Whether somebody assigned `forward` on the instance, as wrappers of modules do; its graph is not what runs then."""
+    return "forward" in vars(graph_module)
 
 
 def child_graphs(graph_module: GraphModule) -> dict[str, GraphModule]:
@@ -49,6 +52,67 @@ def child_graphs(graph_module: GraphModule) -> dict[str, GraphModule]:
             value = graph_module
             for name in str(node.target).split("."):
                 value = getattr(value, name, None)
-            if isinstance(value, GraphModule):
+            if isinstance(value, GraphModule) and not replaces_forward(value):
                 found[str(node.target)] = value
     return found
+
+
+def _shallow(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> Any:
+    """A module of the same class with the same attributes, in dicts and lists of its own."""
+    new = type(module).__new__(type(module))
+    memo[id(module)] = new
+    for name, value in vars(module).items():
+        if name in ("_graph", "_compiled_call_impl"):  # a graph of its own; compiled code would call the old module
+            continue
+        if (name.startswith("_") or name == "meta") and isinstance(value, dict | list | set):
+            value = copy.copy(value)
+            if isinstance(value, dict) and name.endswith("hooks"):
+                value.update({key: _rebound(hook, module, new) for key, hook in value.items()})
+        new.__dict__[name] = _rebound(value, module, new)
+    if isinstance(module, GraphModule):  # every graph module has a class of its own, made by __new__
+        type(new).__name__ = type(module).__name__
+    for name, child in module._modules.items():
+        if type(child) is torch.nn.Module:  # holds what a path leads through, and is nobody's leaf
+            new._modules[name] = _copy_of(child, memo)
+    return new
+
+
+def _rebound(value: Any, old: torch.nn.Module, new: torch.nn.Module) -> Any:
+    """A method or hook that was bound to the old module, bound to the new one; anything else as it is."""
+    if isinstance(value, MethodType) and value.__self__ is old:
+        return MethodType(value.__func__, new)
+    if isinstance(value, _WrappedHook) and value.with_module and value.module() is old:
+        return _WrappedHook(value.hook, new)
+    return value
+
+
+def _own_container(root: torch.nn.Module, path: str, memo: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    """The submodule at `path` of the copy, each module on the way to it copied too, so that a child can be exchanged."""
+    own = {id(module) for module in memo.values()}
+    for name in filter(None, path.split(".")):
+        inner = getattr(root, name)
+        if id(inner) not in own:
+            inner = _copy_of(inner, memo)
+            setattr(root, name, inner)
+        root = inner
+    return root
+
+
+def _copy_of(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> torch.nn.Module:
+    if id(module) in memo:
+        return memo[id(module)]
+    if isinstance(module, GraphModule) and not replaces_forward(module):
+        return editable(module, memo)
+    new = _shallow(module, memo)
+    if isinstance(module, GraphModule):
+        new.graph = _copied(module.graph)
+    return new
+
+
+def _copied(graph: Graph) -> Graph:
+    """The graph with every node's name: copying renames those that are called as a builtin is, such as `input`, by which
+    name an exported program's signature knows it."""
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        new_node.name = old_node.name
+    return new

@@ -110,7 +110,9 @@ class Effects:
 
     def _own_storages(self, node: Node) -> frozenset[int]:
         value = value_of(node)
-        if value is None and node.op == "get_attr":  # make_fx records nothing of a tensor that a function knows by itself
+        if (
+            value is None and node.op == "get_attr"
+        ):  # make_fx records nothing of a tensor that a function knows by itself
             value = attribute(self._owner, str(node.target))
         tensors = value if isinstance(value, (list, tuple)) else (value,)
         return frozenset(key for t in tensors if isinstance(t, torch.Tensor) for key in storage_keys(t))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,23 +41,32 @@ class Outcome:
     nodes: int = 0
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # name of a value's old node -> name of its new one
+    renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
     switched_off: bool = False  # PyTorch's tools kept the pass from running
 
 
-def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned: bool = False) -> Outcome:
+def run(
+    graph_module: GraphModule,
+    options: Options,
+    *,
+    foreign: str = "",
+    tuned: bool = False,
+    keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None,
+) -> Outcome:
     """Rewrite `graph_module` in place and say what was done.
 
     Args:
         foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
             Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
+        keeps: says of a site of the outermost graph, after each step of its growth, why what owns the graph needs nodes of
+            it to stay; it is given what was renamed so far.
 
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
     outcome = Outcome()
-    _Pass(options, foreign, tuned, outcome).over(graph_module, inside_functorch=False)
+    _Pass(options, foreign, tuned, outcome, graph_module, keeps).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -75,6 +84,8 @@ class _Pass:
     foreign: str
     tuned: bool
     outcome: Outcome
+    root: GraphModule
+    keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None
     seen: set[int] = field(default_factory=set)
 
     def over(self, gm: GraphModule, inside_functorch: bool) -> None:
@@ -94,7 +105,7 @@ class _Pass:
             if not readings:
                 continue
             effects = effects or Effects(gm, inside_functorch)
-            site, refusal = self.judged(readings, words, effects)
+            site, refusal = self.judged(readings, words, effects, self.kept if gm is self.root else None)
             if refusal is not None:
                 self.outcome.misses.append(_miss(add, refusal))
                 continue
@@ -109,13 +120,18 @@ class _Pass:
         for path, child in children.items():
             self.over(child, path in inside)
 
-    def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site | None, Refusal | None]:
+    def kept(self, site: Site) -> Refusal | None:
+        return self.keeps(site, self.outcome.renamed) if self.keeps is not None else None
+
+    def judged(self, readings, words: Vocabulary, effects: Effects, kept) -> tuple[Site | None, Refusal | None]:
         """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
         site, refusal = _choose(readings, effects, self.foreign)
         refusal = refusal or one_dtype(site, self.options)
+        if refusal is None and kept is not None:
+            refusal = kept(site)
         if refusal is not None:
             return site, refusal
-        _grow(site, words, effects, self.options)
+        _grow(site, words, effects, self.options, kept)
         if self.options.profitable_only:
             refusal = left_to_inner(site, effects, self.options, tuned=self.tuned)
         return site, refusal
@@ -127,11 +143,11 @@ class _Pass:
         module, source = module_of(site.add), source_of(site.add)
         stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
         inserted = insert(gm.graph, site, self.options)
-        if self.options.verify:
-            validate(gm, site, inserted, self.options)
+        verified = validate(gm, site, inserted, self.options) if self.options.verify else None
         new, gone, renamed = take_over(gm.graph, site, inserted, effects)
         kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
-        self.outcome.renamed |= renamed
+        if gm is self.root:  # names of a child graph's nodes say nothing outside it
+            self.outcome.renamed |= renamed
         return Rewrite(
             rule="gated_add",
             stages=list(site.stages),
@@ -147,6 +163,7 @@ class _Pass:
             bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
             graph=0,
             stopped=stopped,
+            verified=verified,
         )
 
 
@@ -174,18 +191,24 @@ def _inside_functorch(gm: GraphModule, children: Collection[str], effects: Effec
     return found
 
 
-def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> None:
+def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options, kept) -> None:
     for stage in STAGES:
         name = stage.INFO.name
         if not options.allows(name):
             refusal = Refusal("not-allowed", "option 'rules' leaves out {}", name)
         else:
+            before = {key: list(value) if isinstance(value, list) else value for key, value in vars(site).items()}
             refusal = stage.grow(site, words, effects, options)
+            if refusal is None and kept is not None and (refusal := kept(site)) is not None:
+                vars(site).update(before)
         if refusal is not None:
             site.stopped.append((name, refusal))
     cast = narrowed(site.end) if options.numerics == "fp32" and not site.residual_written else None
     if cast is not None and readers(site.end) == [cast] and effects.state_change_between(site.end, cast) is None:
+        before = site.end, list(site.parts)
         narrow_to(site, cast)
+        if kept is not None and kept(site) is not None:
+            site.end, site.parts = before
 
 
 def _miss(add: Node, refusal: Refusal) -> Miss:

@@ -55,6 +55,7 @@ CODES = {
     "metadata-mutation": "an operand's shape or strides are changed in place",
     "result": "the op's result would differ from the sum in shape, dtype or device",
     "stride": "the op would lay the result out in memory otherwise than eager does",
+    "kept-module": "a module whose call signature the exported program keeps would lose a value, or read another",
     "left-to-inner": "the inner compiler by itself would be faster (option profitable_only)",
 }
 

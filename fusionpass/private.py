@@ -16,11 +16,18 @@ WHERE = {
     # what a tracer records
     "FakeTensor": "torch._subclasses.fake_tensor",
     "FakeTensorMode": "torch._subclasses.fake_tensor",
+    "FakeCopyMode": "torch._subclasses.fake_tensor",
+    "DataDependentOutputException": "torch._subclasses.fake_tensor",
+    "DynamicOutputShapeException": "torch._subclasses.fake_tensor",
+    "UnsupportedFakeTensorException": "torch._subclasses.fake_tensor",
+    "UnsupportedOperatorException": "torch._subclasses.fake_tensor",
     "unset_fake_temporarily": "torch._subclasses.fake_tensor",
     "HigherOrderOperator": "torch._ops",
     "OpOverload": "torch._ops",
     "OpOverloadPacket": "torch._ops",
+    # modules
     "_has_any_global_hook": "torch.nn.modules.module",
+    "_WrappedHook": "torch.nn.modules.module",
     # compilers
     "list_backends": "torch._dynamo",
     "lookup_backend": "torch._dynamo.backends.registry",

@@ -34,6 +34,7 @@ class Rewrite(_Record):
     graph: int  # index into Report.graphs
     calls: int = 0  # how often that graph ran while collecting
     stopped: list[dict[str, str]] = field(default_factory=list)  # stages that did not join: stage, code, reason
+    verified: bool | None = None  # with `verify`: whether the site could be run against its nodes; None without
 
 
 @dataclass(slots=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from fusionpass.nodes import is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.provenance import inherit
 from fusionpass.tensors import known_contiguous, known_equal, same_sizes, tensor_of, under_autocast
+from fusionpass.verify import as_fake, fake_mode_for, reshaped
 
 
 class Inserted(NamedTuple):
@@ -50,7 +50,9 @@ def insert(graph: Graph, site: Site, options: Options) -> Inserted:
         op = _combine_call(graph, site, gate, b)
         total = graph.create_node("call_function", operator.getitem, (op, 0), name=f"{op.name}_sum")
         normed = None
-        if site.norm is not None:
+    if site.combined and site.norm is not None:
+        # Where the old one stood: `torch.export.unflatten` tells a module's nodes by their standing together.
+        with graph.inserting_before(site.norm.result):
             normed = graph.create_node("call_function", operator.getitem, (op, 1), name=f"{op.name}_normed")
     _describe(site, op, total, normed)
     return Inserted(op, total, normed, tuple(made))
@@ -64,8 +66,7 @@ def _viewed(graph: Graph, site: Site, node: Node, shape: tuple | None, made: lis
     sizes = [size if isinstance(size, int) else _size_node(graph, site.a, size) for size in shape]
     target = torch.ops.aten.view.default if known_contiguous(value) else torch.ops.aten.reshape.default
     new = graph.create_node("call_function", target, (node, sizes), name=f"{node.name}_view")
-    with getattr(value, "fake_mode", None) or nullcontext(), torch.no_grad():
-        new.meta = inherit(node, "view") | {_value_key(node): value.reshape(shape)}
+    new.meta = inherit(node, "view") | {_value_key(node): reshaped(value, shape)}
     made.append(new)
     return new
 
@@ -208,9 +209,4 @@ def _stored(site: Site) -> torch.dtype | None:
 def _own_value(new: Node, old_value: torch.Tensor) -> None:
     """The recorded value of `a += ...` is a itself; the op's result is memory of its own."""
     key = _value_key(new)
-    mode = getattr(old_value, "fake_mode", None)
-    if mode is not None:
-        with mode, torch.no_grad():
-            new.meta[key] = torch.empty_strided(
-                old_value.shape, old_value.stride(), dtype=old_value.dtype, device=old_value.device
-            )
+    new.meta[key] = as_fake(old_value, getattr(old_value, "fake_mode", None) or fake_mode_for([old_value]))

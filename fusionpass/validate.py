@@ -7,8 +7,10 @@ among it. The results may differ by rounding alone.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,15 +25,21 @@ from fusionpass.private import unset_fake_temporarily
 from fusionpass.provenance import module_of, source_of
 from fusionpass.replace import Inserted
 from fusionpass.tensors import same_strides, tensor_of, value_of
+from fusionpass.writes import call_name
 
+log = logging.getLogger(__name__)
 SEED = 0
 RARE = (math.nan, math.inf, -math.inf, 0.0, -0.0)
 SIGMAS = 4
+_KINDS = ("cpu", "cuda")  # of devices that autocast knows
 SMALL = 2.0**-9  # its square is in the order of eps, 1e-6 to 1e-5
 
 
-def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> None:
+def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> bool:
     """Compare the site's nodes with the op that stands in front of them.
+
+    Returns:
+        Whether they were compared; where they can't be, a warning in the log says why.
 
     Raises:
         VerificationFailed: they differ in dtype, shape, strides, or by more than `allowed`.
@@ -43,13 +51,19 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> No
     operands = [node for node in operands if node not in site.parts]
     inside, leaves = _region(old, operands)
     if any(tensor_of(node) is not None and _size_of(tensor_of(node)) is None for node in (*old, *leaves)):
-        raise VerificationFailed(f"{_named(site)}: its sizes are not known before it runs; leave out option 'verify'")
+        return _not_compared(site, "its sizes are not known before it runs")
     before = _extracted(gm, inside, leaves, old)
     after = _extracted(gm, [new.op, *[node for node in found if node is not new.op]], leaves, found)
-    with unset_fake_temporarily(), torch.no_grad():
+    with unset_fake_temporarily(), torch.no_grad(), ExitStack() as traced:
         exact = options.numerics == "eager" and not interpreted()  # the interpreter's exp is numpy's
         way = "option 'rules', or give up the pass for this model"
         generator = torch.Generator().manual_seed(SEED)  # of our own: the user's random numbers stay theirs
+        shown = [node for node in inside if tensor_of(node) is not None]
+        probe = _extracted(gm, inside, leaves, shown)
+        drawn = [_drawn(node, site, generator, 1.0, False) for node in leaves]
+        if not _as_traced(lambda: probe(*map(_copied, drawn)), shown, traced):
+            return _not_compared(site, "its nodes give other dtypes here than when they were traced")
+        generator.manual_seed(SEED)
         for size, rare in ((1.0, False), (SMALL, False), (1.0, True)):
             inputs = [_drawn(node, site, generator, size, rare) for node in leaves]
             want, got = before(*map(_copied, inputs)), after(*map(_copied, inputs))
@@ -59,6 +73,44 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> No
                     raise VerificationFailed(
                         f"{_named(site)}: {name} {complaint}. Please report it; leave it out by {way}"
                     )
+    return True
+
+
+def _not_compared(site: Site, reason: str) -> bool:
+    log.warning("%s: not verified, for %s", _named(site), reason)
+    return False
+
+
+def _as_traced(run: Callable[[], Sequence[Tensor]], shown: Sequence[Node], traced: ExitStack) -> bool:
+    """Enter the autocast state in which the nodes give the dtypes that were recorded; False when there is none.
+
+    That is the state that the graph itself switches to before the nodes, or the caller's own; a graph whose casts are nodes
+    has none, whatever the caller's is.
+    """
+    recorded = [tensor_of(node).dtype for node in shown]
+    for states in (_autocast_of(shown[-1]), [torch.autocast(kind, enabled=False) for kind in _KINDS]):
+        with ExitStack() as tried:
+            for state in states:
+                tried.enter_context(state)
+            same = [result.dtype for result in run()] == recorded
+        if same:
+            for state in states:
+                traced.enter_context(state)
+            return True
+    return False
+
+
+def _autocast_of(node: Node) -> list[torch.autocast]:
+    """The autocast regions of the graph that the node stands in, outermost first."""
+    open_regions: dict[Node, None] = {}
+    for each in node.graph.nodes:
+        if each is node:
+            break
+        if call_name(each) == "_enter_autocast" and each.op == "call_function":
+            open_regions[each] = None
+        elif call_name(each) == "_exit_autocast":
+            open_regions.pop(each.args[0], None)
+    return [torch.autocast(*region.args) for region in open_regions]
 
 
 def _named(site: Site) -> str:
@@ -134,7 +186,8 @@ def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare
             odd = torch.tensor(RARE)[torch.randint(len(RARE), (reach,), generator=generator)]
             flat = torch.where(torch.rand(reach, generator=generator) * shape[-1] < 0.5, odd, flat)
     else:  # an index of the rows that the op gathers
-        flat = torch.randint(max(_rows(site.finalize.y), 1), (reach,), generator=generator)
+        rows = 1 if site.finalize is None else max(_rows(site.finalize.y), 1)
+        flat = torch.randint(rows, (reach,), generator=generator)
     device = "cpu" if recorded.device.type == "meta" else recorded.device
     return flat.to(device=device, dtype=recorded.dtype).as_strided(shape, strides)
 
@@ -157,11 +210,12 @@ def _allowed(site: Site, dtype: torch.dtype) -> float:
     Each node rounds by at most half of epsilon, and each term of the weighted sum; many roundings add up as a random walk
     does. The projection sums its products in float32, in an order of its own.
     """
+    recorded = (tensor_of(part) for part in site.parts)  # which may be narrower than the result, or wider
+    dtypes = {dtype, *(value.dtype for value in recorded if value is not None and value.is_floating_point())}
+    coarsest = max(torch.finfo(each).eps for each in dtypes)
     terms = len(site.parts) + (site.finalize.top_k if site.finalize is not None else 0)
     products = 1 if site.projection is None else tensor_of(site.projection.x).shape[-1]
-    return SIGMAS * (
-        math.sqrt(terms) * torch.finfo(dtype).eps / 2 + math.sqrt(products) * torch.finfo(torch.float32).eps
-    )
+    return SIGMAS * (math.sqrt(terms) * coarsest / 2 + math.sqrt(products) * torch.finfo(torch.float32).eps)
 
 
 def _difference(got: Tensor, want: Tensor, allowed: float, size: float) -> str | None:

@@ -130,14 +130,46 @@ def test_a_rewritten_graph_is_given_up_whole(monkeypatch):
     torch.testing.assert_close(graph_module(a, b, gate), function(a, b, gate), rtol=0, atol=0)
 
 
-def test_sizes_that_only_a_run_tells_are_said_to_be_unknown():
-    class Counted(torch.nn.Module):
-        def forward(self, a, b, g, rows):
-            a, b, g = (t[rows.nonzero().view(-1)] for t in (a, b, g))
-            return a + S(g) * b
+class Counted(torch.nn.Module):
+    def forward(self, a, b, g, rows):
+        a, b, g = (t[rows.nonzero().view(-1)] for t in (a, b, g))
+        return a + S(g) * b
 
+
+def test_sizes_that_only_a_run_tells_are_said_not_to_be_verified(caplog):
     args = (*operands((4, 8), (4, 8), (4, 1)), torch.tensor([1, 0, 1, 1], device=DEVICE))
     program = torch.export.export(Counted(), args)
-    assert len(fusionpass.rewrite(program, verify=False).report.rewrites) == 1
-    with pytest.raises(fusionpass.VerificationFailed, match="not known before it runs"):
-        fusionpass.rewrite(program)
+    (site,) = fusionpass.rewrite(program, verify=False).report.rewrites
+    assert site.verified is None and not caplog.records
+    after, report = fusionpass.rewrite(program)
+    assert [site.verified for site in report.rewrites] == [False]
+    (record,) = caplog.records
+    assert "not verified, for its sizes are not known before it runs" in record.message
+    torch.testing.assert_close(after.module()(*args), Counted()(*args))
+
+
+class Mixed(torch.nn.Module):
+    def __init__(self, region: bool):
+        super().__init__()
+        self.gate, self.shared, self.routed = torch.nn.Linear(8, 1), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.region = region
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.region):
+            return self.routed(x) + S(self.gate(x)) * self.shared(x)
+
+
+@pytest.mark.parametrize(("region", "ambient"), [(False, True), (True, False), (True, True)])
+def test_nodes_are_run_under_the_autocast_they_were_traced_under(region, ambient):
+    model, (x,) = Mixed(region).to(DEVICE), operands((4, 8))
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=ambient):
+        report = captured(model, x)
+    assert all(site.verified for site in report.rewrites) and len(report.rewrites) + len(report.misses) == 1
+
+
+def test_a_graph_whose_casts_are_nodes_is_verified_apart_from_the_callers_autocast():
+    model, (x,) = Mixed(False).to(DEVICE), operands((4, 8))
+    program = torch.export.export(model, (x,))
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        report = fusionpass.rewrite(program).report
+    assert [site.verified for site in report.rewrites] == [True]

@@ -29,6 +29,7 @@ CODES = {
     "state-change-between": "grad mode, autocast or the stream changes between the old reads and the op",
     "mutation-between": "an operand is overwritten between the old read and the op",
     "metadata-mutation": "an operand's shape or strides are changed in place",
+    "kept-module": "a module whose call signature the exported program keeps would lose a value, or read another",
 }
 
 
