@@ -8,6 +8,7 @@ are equal to Dynamo keep sharing one.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -28,15 +29,18 @@ def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Calla
     """`torch.compile(function, backend=backend)`, with Dynamo's recompile limit counted per instance where the first
     argument is a module."""
     inner = innermost_fn(function)
+    if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
+        return inner  # torch 2.13's Dynamo refuses generators, and what it compiles of a coroutine crashes Python
     if isinstance(inner, FunctionType):
         return PerInstance(inner, backend)
     return torch.compile(function, backend=backend)
 
 
 class _Shared:
-    """Of one code object: whether Dynamo would compile it again."""
+    """Of one code object."""
 
-    full = False
+    full = False  # Dynamo would not compile it again
+    said = False  # what that costs
 
 
 _shared: dict[int, _Shared] = {}  # by identity: a copy of a code object is equal to it
@@ -65,7 +69,6 @@ class PerInstance:
         self.compiled = torch.compile(function, backend=backend)
         self.instances: dict[int, _Instance] = {}
         self.shared = _shared_of(function.__code__)
-        self.said = False
         self._ask()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -117,12 +120,12 @@ class PerInstance:
 
     def _say(self) -> None:
         """Once: what it costs."""
-        if not self.said:
-            self.said = True
+        if not self.shared.said:
+            self.shared.said = True
             log.warning(
-                "%s was compiled %d times, Dynamo's limit for one function, since its instances or calls differ: each further "
-                "instance is compiled by itself, which takes time and memory; to compile once for all, decorate the "
-                "module within that holds the formula, such as the sparse block",
+                "%s was compiled %d times, which is Dynamo's limit for one function, since instances or calls differ: each "
+                "further instance is compiled by itself, which takes time and memory; to compile once for all, fuse the "
+                "module inside that holds the formula, such as the sparse block",
                 self.function.__qualname__,
                 torch._dynamo.config.recompile_limit,
             )

@@ -10,6 +10,7 @@ sizes make no other kind. `torch._dynamo.reset()` forgets what was said. Of a di
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -141,6 +142,8 @@ class Owned:
         """A call in which no graph ran at all."""
         why = why_unseen(self.run, args, kwargs, result)
         collecting.no_graph(why.sentence)
+        if self.options.strict and inspect.iscoroutine(result):
+            result.close()  # nobody will await it
         if why.code != "empty" or not self.rewritten or self.options.strict:
             self._say(lambda: why.sentence, why.code, args)
 

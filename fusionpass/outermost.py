@@ -60,7 +60,9 @@ def name_of(function: Any, args: Sequence[Any] = ()) -> Hashable:
     module = getattr(function, "__self__", getattr(function, "__wrapped__", args[0] if args else None))
     layers = tuple(type(m) for m in module.modules()) if isinstance(module, torch.nn.Module) else ()
     code = getattr(function, "__code__", None)
-    return (code.co_name, code.co_filename, code.co_firstlineno, layers) if code is not None else (function, layers)
+    return (
+        (code.co_name, code.co_filename, code.co_firstlineno, layers) if code is not None else (type(function), layers)
+    )
 
 
 def _is(frame: FrameType, place: tuple[str, str]) -> bool:

@@ -54,7 +54,10 @@ def why_unseen(run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         return Unseen("off", f"0 rewritten: the call ran as it was written, since {off}")
     if inspect.isgenerator(result) or inspect.iscoroutine(result) or inspect.isasyncgen(result):
         kind = type(result).__name__.replace("_", " ")
-        return Unseen("generator", f"0 rewritten: the call returned a {kind}, whose body Dynamo does not compile")
+        return Unseen(
+            "generator",
+            f"0 rewritten: the call returned a {kind}, whose body is not compiled: fuse a plain function that it calls",
+        )
     function, args = called(run, args)
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType):
@@ -70,7 +73,10 @@ def why_unseen(run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
 
 
 def _skipped(name: str) -> str:
-    return f"0 rewritten: the call ran as it was written, since Dynamo skipped {name} (TORCH_LOGS='+dynamo' says why)"
+    return (
+        f"0 rewritten: no graph was compiled: Dynamo found no tensor operation in {name}, in this call or an earlier one, "
+        "or skipped it (TORCH_LOGS='+dynamo' says why)"
+    )
 
 
 def _past_limit(name: str, times: int) -> str:
@@ -80,8 +86,8 @@ def _past_limit(name: str, times: int) -> str:
     compiled = f"{name} was compiled {times} time{'s' if times > 1 else ''}"
     if times < limit:
         return (
-            f"0 rewritten: the call ran as it was written: {compiled}, and Dynamo would not compile it for this call "
-            f"(torch._dynamo.reset() has it try again; TORCH_LOGS='+dynamo' says why)"
+            f"0 rewritten: no graph ran: {compiled}, and for this call Dynamo found no tensor operation or gave up, "
+            "now or earlier (TORCH_LOGS='+dynamo' says why; torch._dynamo.reset() has it try again)"
         )
     return (
         f"0 rewritten: the call ran as it was written, past Dynamo's limit: {compiled}, and "
@@ -121,7 +127,12 @@ def served(function: Any, backend: Any, args: Sequence[Any], kwargs: Mapping[str
     free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     values = {name: cell.cell_contents for name, cell in free if _filled(cell)}
     values.update(bound.arguments)
-    return any(entry.guard_manager.check(values) for entry in entries if backend is None or entry.backend == backend)
+    return any(entry.guard_manager.check(values) for entry in entries if backend in (None, _backend_of(entry)))
+
+
+def _backend_of(entry: Any) -> Any:
+    """What was given to torch.compile, which wraps it."""
+    return getattr(entry.backend, "compiler_fn", entry.backend)
 
 
 def _filled(cell: Any) -> bool:
