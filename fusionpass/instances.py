@@ -107,6 +107,7 @@ class PerInstance:
         times = len(_debug_get_cache_entry_list(self.function.__code__))
         self.shared.full = times >= torch._dynamo.config.recompile_limit
         if times == 0:
+            self.shared.said = False
             self.instances.clear()
 
     def _instance(self, args: tuple[Any, ...]) -> _Instance | None:

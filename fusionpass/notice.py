@@ -102,6 +102,7 @@ class Owned:
     options: Options
     rewritten: bool = False  # some call ran a rewritten site
     told: set[Hashable] = field(default_factory=set)
+    judged: dict[int, Outcome] = field(default_factory=dict)  # of graphs that ran again and again without a site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         here = local.state
@@ -132,7 +133,11 @@ class Owned:
         if ran != PLAIN:
             self._unseen(args, kwargs, result)
             return
-        outcomes = list({id(outcome): outcome for outcome in refused}.values())
+        if not self.options.strict and all(id(outcome) in self.judged for outcome in refused):
+            return
+        distinct = {id(outcome): outcome for outcome in refused}
+        self.judged |= distinct
+        outcomes = list(distinct.values())
         lost = any(outcome.misses or outcome.switched_off for outcome in outcomes)
         if self.rewritten and not lost and not self.options.strict:
             return  # other calls have sites, and this one has none to lose, such as a dense layer of the class

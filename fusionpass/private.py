@@ -26,6 +26,7 @@ WHERE = {
     "reset": "torch._dynamo",
     "innermost_fn": "torch._dynamo.eval_frame",
     "_stance": "torch._dynamo.eval_frame",
+    "_LazyGraphModule": "torch.fx._lazy_graph_module",
     "_debug_get_cache_entry_list": "torch._C._dynamo.eval_frame",
     "counters": "torch._dynamo.utils",
     "compilation_time_metrics": "torch._dynamo.utils",
