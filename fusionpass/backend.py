@@ -14,12 +14,14 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fusionpass import collecting, notice
+from fusionpass.calls import noting
 from fusionpass.direct import call_directly
 from fusionpass.engine import Outcome, foreign_type, run
 from fusionpass.inductor import ops_opened
 from fusionpass.inner import Compiled, compile_inner, inductor_settings, tunes
 from fusionpass.observe import as_named_pass, tell
 from fusionpass.options import Options
+from fusionpass.outermost import place_of
 from fusionpass.records import GraphBreak
 
 
@@ -48,6 +50,9 @@ def fusionpass(
     return compile_graph(graph_module, example_inputs, Options.from_user(given, default_inner="inductor"))
 
 
+fusionpass.reset = notice.forget  # torch._dynamo.reset() calls it
+
+
 @dataclass(frozen=True)
 class Backend:
     """The same as an object: equal options make equal backends, so N decorated layers share one compile."""
@@ -56,6 +61,10 @@ class Backend:
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
         return compile_graph(graph_module, example_inputs, self.options)
+
+    def reset(self) -> None:
+        """Called by `torch._dynamo.reset()`."""
+        notice.forget()
 
 
 def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
@@ -69,7 +78,7 @@ def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], opti
     code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
     graph_break = _graph_break(graph_module)
     ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
-    notice.after_graph(outcome, options, piece=graph_break is not None or _resumes(graph_module))
+    notice.after_graph(outcome, options, place_of(graph_module))
     if options.inner == "eager" and outcome.rewrites:
         call_directly(graph_module)
     try:
@@ -79,7 +88,7 @@ def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], opti
         if hasattr(error, "add_note"):
             error.add_note(f"raised by the inner compiler of fusionpass, option inner={options.inner!r}")
         raise
-    return collecting.counted(compiled, ran)
+    return collecting.counted(noting(compiled, outcome), ran)
 
 
 def _graph_break(graph_module: GraphModule) -> GraphBreak | None:
@@ -92,10 +101,3 @@ def _graph_break(graph_module: GraphModule) -> GraphBreak | None:
     title, *details = [line.strip() for line in str(reason.reason).strip().splitlines()] or ["unknown"]
     explanation = [line.removeprefix("Explanation: ") for line in details if line.startswith("Explanation: ")]
     return GraphBreak(": ".join([title, *explanation]), source)
-
-
-def _resumes(graph_module: GraphModule) -> bool:
-    """Whether the graph continues a function after a graph break, so that it is a piece of a model."""
-    reason = getattr(graph_module, "compile_subgraph_reason", None)
-    frame = reason.user_stack[-1] if reason is not None and reason.user_stack else None
-    return frame is not None and frame.name.startswith("torch_dynamo_resume_in_")

@@ -8,9 +8,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusionpass.calls import local
 from fusionpass.engine import Outcome
 from fusionpass.records import GraphBreak
 from fusionpass.report import Report
+from fusionpass.unseen import why_off
 
 
 @dataclass
@@ -22,6 +24,10 @@ class Collector:
     active: bool = True
 
 
+_COMPILED_BEFORE = (
+    "0 rewritten: no graph was compiled, since those that ran had been compiled before: collect from the first call on, or "
+    "use fusionpass.explain, which compiles afresh"
+)
 _collectors: ContextVar[tuple[Collector, ...]] = ContextVar("fusionpass_collectors", default=())
 
 
@@ -29,7 +35,8 @@ _collectors: ContextVar[tuple[Collector, ...]] = ContextVar("fusionpass_collecto
 def collect() -> Iterator[Report]:
     """A `Report` of everything compiled inside the block, in this thread or task.
 
-    What was compiled before the block is not compiled again and so not in the report; `explain` starts afresh instead.
+    What was compiled before the block is not compiled again and so not in the report, which says so where that leaves it
+    without a graph; `explain` starts afresh instead.
 
     Example:
         >>> with fusionpass.collect() as report:
@@ -45,11 +52,23 @@ def collector(*, keep_code: bool = False, target: str = "") -> Iterator[Collecto
     """`collect` with the collector itself, for callers that want the graphs' code or name the target."""
     new = Collector(Report(target=target), keep_code=keep_code)
     token = _collectors.set((*_collectors.get(), new))
+    before, local.state.ran = local.state.ran, 0
     try:
         yield new
     finally:
         new.active = False
         _collectors.reset(token)
+        if local.state.ran:
+            new.report.note_no_graph(_COMPILED_BEFORE)
+        elif off := why_off():
+            new.report.note_no_graph(f"0 rewritten: no graph was compiled, since {off}")
+        local.state.ran |= before
+
+
+def no_graph(why: str) -> None:
+    """Tell every active report why a call in it ran no graph."""
+    for active in _collectors.get():
+        active.report.note_no_graph(why)
 
 
 def wants_code() -> bool:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from fusionpass.backend import Backend
+from fusionpass.instances import compiled
 from fusionpass.notice import Owned
 from fusionpass.options import Options
 from fusionpass.private import _len_torch_dispatch_stack
@@ -67,7 +68,7 @@ def _fuse(target: Any, options: Options) -> Any:
 
 def _fused_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     function = getattr(function, "__fusionpass_original__", function)
-    owned = Owned(torch.compile(function, backend=Backend(options)), options)
+    owned = Owned(compiled(function, Backend(options)), options)
 
     @functools.wraps(function)
     def fused(*args: Any, **kwargs: Any) -> Any:
@@ -118,10 +119,10 @@ class FusedForward:
     def _compile(self) -> Owned:
         original = self._original()
         if isinstance(original, functools.partial):
-            compiled = functools.partial(torch.compile(original.func, backend=Backend(self.options)), self.module)
+            run = functools.partial(compiled(original.func, Backend(self.options)), self.module)
         else:
-            compiled = torch.compile(original, backend=Backend(self.options))
-        return Owned(compiled, self.options)
+            run = torch.compile(original, backend=Backend(self.options))
+        return Owned(run, self.options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_owned": None}

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from fusionpass.backend import Backend
 from fusionpass.collecting import collector
+from fusionpass.instances import compiled
 from fusionpass.notice import Owned
 from fusionpass.options import Options
 from fusionpass.report import Report
@@ -56,12 +55,10 @@ def _capture(model, args, kwargs, options: Options, *, target: str = "", keep_co
     from fusionpass.private import reset
 
     reset()
-    owned = Owned(torch.compile(model, backend=Backend(options)), options)
+    owned = Owned(compiled(model, Backend(options)), options)
     with collector(target=target, keep_code=keep_code) as active:
         try:
             owned(*args, **kwargs)
         finally:
             reset()  # the graphs above carry counters, which nobody else should run
-    if not active.report.graphs:
-        owned.settle(active.report)
     return active.report

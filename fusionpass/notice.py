@@ -1,79 +1,114 @@
 """Zero rewrites is never silent: one warning with the top reasons, or `NothingRewritten` under `strict`.
 
-Who owns the outermost call (`fuse`, `explain`) waits until it returns and speaks once, over all graphs it compiled. The
-plain backend sees one graph at a time and cannot know which is the last of a model that Dynamo splits, so there a piece
-of a split model only warns, once per reason, and never raises.
+Who owns the outermost call (`fuse`, `explain`) waits until it returns and judges it by the graphs that ran in it, compiled
+then or earlier. The plain backend sees one graph at a time, while it is compiled, and cannot know which is the last of a
+model that Dynamo splits, so there a piece of a split model only warns, and never raises.
+
+A warning is given once per function and kind of reason: the codes with the lines that wrote the sums. Names of nodes and
+sizes make no other kind. `torch._dynamo.reset()` forgets what was said. Of a distributed run, rank 0 speaks.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from fusionpass import collecting
+from fusionpass.calls import PLAIN, REWRITTEN, local
 from fusionpass.engine import Outcome
 from fusionpass.errors import NothingRewritten, VerificationFailed
 from fusionpass.options import Options
+from fusionpass.outermost import Place, name_of
 from fusionpass.report import Report
+from fusionpass.unseen import called, why_unseen
 
 log = logging.getLogger("fusionpass")
+_said: set[Hashable] = set()
+_with_sites: set[Hashable] = set()  # functions given to torch.compile of which a graph was rewritten
 
 
-class _Owner(threading.local):
-    """Per thread: what has been compiled under the outermost owned call; None outside of one."""
-
-    report: Report | None = None
-
-
-_owner = _Owner()
-_said: set[str] = set()
+def forget() -> None:
+    """Speak again of what was said; called by `torch._dynamo.reset()`, after which all is compiled anew."""
+    _said.clear()
+    _with_sites.clear()
 
 
-def after_graph(outcome: Outcome, options: Options, *, piece: bool) -> None:
-    """Called once per graph the backend compiles; `piece` when the graph is part of a model that Dynamo split.
+def after_graph(outcome: Outcome, options: Options, place: Place) -> None:
+    """Called once per graph the backend compiles.
 
     Raises:
         NothingRewritten: under `strict`, for a graph that is a whole model by itself.
     """
-    if _owner.report is not None:
-        _owner.report.add(outcome, compiled=True)
+    local.state.compiled += 1
+    if local.state.owned:
         return
     if outcome.rewrites:
+        _with_sites.add(place.function)
         return
-    report = Report()
-    report.add(outcome, compiled=True)
-    message = report.why_nothing()
-    if not piece:
-        nothing(message, options)
-    elif message not in _said:
-        _said.add(message)
-        log.warning("%s; a graph break split the model, so its other graphs may hold sites", message)
+    message = _report([outcome]).why_nothing()
+    if not place.piece:
+        nothing(message, options, (place.function, _kind([outcome])))
+    elif place.function not in _with_sites:
+        _say(
+            f"{message}; it is one graph of a model that runs as several, so others may hold sites",
+            (place.function, "piece"),
+        )
 
 
-def nothing(message: str, options: Options) -> None:
-    """Say that nothing was rewritten, by the means the options ask for."""
+def nothing(message: str, options: Options, key: Hashable = None) -> None:
+    """Say that nothing was rewritten, by the means the options ask for; a warning once per key, None for each time."""
     if options.strict:
         raise NothingRewritten(f"{message} (option 'strict' is on)")
-    log.warning("%s", message)
+    _say(message, key)
+
+
+def _say(message: str, key: Hashable) -> None:
+    if key is not None:
+        if key in _said:
+            return
+        _said.add(key)
+    log.log(logging.WARNING if _rank() == 0 else logging.DEBUG, "%s", message)
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _report(outcomes: list[Outcome]) -> Report:
+    report = Report()
+    for outcome in outcomes:
+        report.add(outcome, compiled=True)
+    return report
+
+
+def _kind(outcomes: list[Outcome]) -> Hashable:
+    """What makes two refusals the same to a reader."""
+    if any(outcome.switched_off for outcome in outcomes):
+        return "switched off"
+    return frozenset((miss.code, miss.source) for outcome in outcomes for miss in outcome.misses)
 
 
 @dataclass
 class Owned:
-    """A compiled callable whose outermost calls we see: it speaks once per call that compiled, not once per graph."""
+    """A compiled callable whose outermost calls we see: each is judged when it returns, by the graphs that ran in it."""
 
     run: Callable[..., Any]
     options: Options
-    rewritten: int = 0
-    complaint: str | None = None
+    rewritten: bool = False  # some call ran a rewritten site
+    told: set[Hashable] = field(default_factory=set)
+    judged: dict[int, Outcome] = field(default_factory=dict)  # of graphs that ran again and again without a site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.complaint is not None:  # strict: a second call would run the cached, unfused graph in silence
-            raise NothingRewritten(self.complaint)
-        if _owner.report is not None:  # inside another owned call, which speaks for both
+        here = local.state
+        if here.owned:  # inside another owned call, which speaks for both
             return self.run(*args, **kwargs)
-        report = _owner.report = Report()
+        before, here.ran, here.owned = here.ran, 0, True
         try:
             result = self.run(*args, **kwargs)
         except Exception as error:
@@ -82,18 +117,43 @@ class Owned:
                 raise inner from None
             raise
         finally:
-            _owner.report = None
-        if report.graphs:
-            self.settle(report)
+            here.owned = False
+            ran, here.ran = here.ran, here.ran | before
+            refused = here.refused
+            if refused:
+                here.refused = []
+        if ran == REWRITTEN:
+            self.rewritten = True
+        else:
+            self._judge(ran, refused, args, kwargs, result)
         return result
 
-    def settle(self, report: Report) -> None:
-        """Judge what was compiled; see `nothing`."""
-        self.rewritten += len(report.rewrites)
-        if self.rewritten:
+    def _judge(self, ran: int, refused: list[Outcome], args: Any, kwargs: Any, result: Any) -> None:
+        """A call in which no rewritten site ran."""
+        if ran != PLAIN:
+            self._unseen(args, kwargs, result)
             return
-        try:
-            nothing(report.why_nothing(), self.options)
-        except NothingRewritten as error:
-            self.complaint = str(error)
-            raise
+        if not self.options.strict and all(id(outcome) in self.judged for outcome in refused):
+            return
+        distinct = {id(outcome): outcome for outcome in refused}
+        self.judged |= distinct
+        outcomes = list(distinct.values())
+        lost = any(outcome.misses or outcome.switched_off for outcome in outcomes)
+        if self.rewritten and not lost and not self.options.strict:
+            return  # other calls have sites, and this one has none to lose, such as a dense layer of the class
+        self._say(lambda: _report(outcomes).why_nothing(), _kind(outcomes), args)
+
+    def _unseen(self, args: Any, kwargs: Any, result: Any) -> None:
+        """A call in which no graph ran at all."""
+        why = why_unseen(self.run, args, kwargs, result)
+        collecting.no_graph(why.sentence)
+        if self.options.strict and inspect.iscoroutine(result):
+            result.close()  # nobody will await it
+        if why.code != "empty" or not self.rewritten or self.options.strict:
+            self._say(lambda: why.sentence, why.code, args)
+
+    def _say(self, message: Callable[[], str], kind: Hashable, args: Any) -> None:
+        """See `nothing`; what was said of this callable is not worded again, since it may be called very often."""
+        if self.options.strict or kind not in self.told:
+            self.told.add(kind)
+            nothing(message(), self.options, (name_of(*called(self.run, args)), kind))

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from fusionpass.engine import Outcome
 
 
+_NO_GRAPH = (
+    "0 rewritten: no graph was compiled: nothing ran, or only what was compiled before or has no tensor operation that "
+    "Dynamo sees"
+)
+
+
 def count(number: int, noun: str) -> str:
     """`1 graph`, `2 graphs`, `2 near misses`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
@@ -40,6 +46,7 @@ class Report:
     graphs: list[GraphRecord] = field(default_factory=list)
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     _switched_off: bool = field(default=False, repr=False)
+    _no_graph: str = field(default="", repr=False)
 
     @property
     def executed(self) -> int:
@@ -63,6 +70,10 @@ class Report:
         self.misses += misses
         return [graph, *rewrites, *misses]
 
+    def note_no_graph(self, why: str) -> None:
+        """Keep the sentence, the first one given, for where no graph is added."""
+        self._no_graph = self._no_graph or why
+
     def top_reasons(self, most: int = 3) -> list[tuple[int, Miss]]:
         """The commonest miss codes, as (how many, an example), most frequent first."""
         counts = Counter(miss.code for miss in self.misses)
@@ -74,7 +85,7 @@ class Report:
     def why_nothing(self, most: int = 3) -> str:
         """Why nothing was rewritten, in one sentence: no candidate at all, or the commonest reasons."""
         if not self.graphs:
-            return "0 rewritten: no graph was compiled, so the call ran no tensor operation that Dynamo sees"
+            return self._no_graph or _NO_GRAPH
         if self._switched_off:
             return (
                 "0 rewritten: torch._inductor.config.disabled_passes or the compiler bisector switched fusionpass off"
