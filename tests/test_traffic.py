@@ -48,12 +48,11 @@ PROGRAMS = {
 
 
 def operands(top_k, dtype, device):
-    torch.manual_seed(0)
     shapes = dict(
         a=(T, H), g=(T, 1), b=(T, H), r=(T, H), x=(T, H), w=(1, H), c=(1,), n=(H,), y=(T * top_k, H), k=(T, top_k)
     )
-    values = [torch.randn(shape, device=device).to(dtype) for shape in shapes.values()]
-    return [*values, torch.arange(T * top_k, device=device).flip(0)]
+    values = [torch.empty(shape, device=device, dtype=dtype) for shape in shapes.values()]
+    return [*values, torch.empty(T * top_k, device=device, dtype=torch.int64)]  # nothing runs
 
 
 class Scheduled(Exception):
@@ -102,6 +101,7 @@ ON_A_GPU = {
     "projection": ((2, 1), (2, 1)),
     "projection with a bias": ((2, 2), (2, 2)),
     "finalize": ((1, 1), (1, 1)),
+    "einsum": ((2, 1), (2, 1)),
     "norm": ((1, 1), (1, 1)),
     "residual and norm": ((2, 1), (2, 1)),
     "finalize and projection": ((2, 1), (2, 2)),
