@@ -27,7 +27,7 @@ from fusionpass.stages import STAGES
 from fusionpass.stages.common import narrow_to, narrowed
 from fusionpass.statements import redirect, restore
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
-from fusionpass.traffic import fused_bytes, kernels_and_bytes
+from fusionpass.traffic import counted_against, fused, kept, unfused
 from fusionpass.validate import validate
 from fusionpass.vocabulary import Vocabulary
 
@@ -138,14 +138,15 @@ class _Pass:
 
     def replace(self, gm: GraphModule, site: Site, words: Vocabulary, effects: Effects) -> Rewrite:
         total = tensor_of(site.end)
-        kernels_before, bytes_before = kernels_and_bytes(site.parts, words)
-        bytes_fused = fused_bytes(site, words)
+        inner = self.options.inner
+        kernels_before, bytes_before = unfused(site, words, inner, self.tuned)
+        kernels_fused, bytes_fused = fused(site, words, inner, self.tuned)
         module, source = module_of(site.add), source_of(site.add)
         stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
         inserted = insert(gm.graph, site, self.options)
         verified = validate(gm, site, inserted, self.options) if self.options.verify else None
         new, gone, renamed = take_over(gm.graph, site, inserted, effects)
-        kernels_kept, bytes_kept = kernels_and_bytes([part for part in site.parts if part.name not in gone], words)
+        kernels_kept, bytes_kept = kept([part for part in site.parts if part.name not in gone], words, inner)
         if gm is self.root:  # names of a child graph's nodes say nothing outside it
             self.outcome.renamed |= renamed
         return Rewrite(
@@ -158,12 +159,13 @@ class _Pass:
             shape=[size if isinstance(size, int) else str(size) for size in total.shape],
             dtype=dtype_text(total.dtype),
             kernels_before=kernels_before,
-            kernels_after=1 + kernels_kept,
+            kernels_after=kernels_fused + kernels_kept,
             bytes_before=bytes_before,
             bytes_after=None if None in (bytes_fused, bytes_kept) else bytes_fused + bytes_kept,
             graph=0,
             stopped=stopped,
             verified=verified,
+            against=counted_against(inner),
         )
 
 

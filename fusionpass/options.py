@@ -71,9 +71,11 @@ def _check_inner(inner: Any) -> None:
         raise ValueError("option 'inner' is 'fusionpass' itself: name the compiler that takes the rewritten graph")
     from fusionpass.private import list_backends
 
-    known = list_backends(exclude_tags=())
-    if inner not in known:
-        raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(sorted(known))}, or a callable")
+    if inner not in list_backends(exclude_tags=()):
+        shown = sorted(
+            {"eager", "aot_eager", *list_backends()} - {"fusionpass"}
+        )  # without those for PyTorch's own tests
+        raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(shown)}, or a callable")
 
 
 def _checked_rules(rules: Any) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fusionpass.identity import torch_name
 from fusionpass.match import Refusal, Site
+from fusionpass.naming import describe
 from fusionpass.nodes import is_cast, is_expand, is_reshape, is_view
 from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
 from fusionpass.vocabulary import Meaning, Vocabulary
@@ -154,10 +155,11 @@ def obstacle(words: Vocabulary, between: list[Node], source: Node, reader: Node,
     for node in between:
         if words.operation(node) == "dropout":
             if not words.drops_nothing(node):
-                return Refusal("dropout-between", "{} reaches {} through {}, which drops some", source, reader, node)
+                text = "{} reaches {} through {}, which drops some or may do so later"
+                return Refusal("dropout-between", text, source, reader, node)
         elif not is_identity(node) and not harmless(node):
             kind = "cast-between" if is_cast(node) else "view-between"
-            return Refusal(kind, "{} reaches {} through {}", source, reader, node)
+            return Refusal(kind, "{} reaches {} through {}", source, reader, describe(node, words))
     return None
 
 
@@ -178,7 +180,8 @@ def _see_through_views(words: Vocabulary, site: Site, after_sigmoid: list[Node])
     moved = [node for node in site.handed_on[1:] if words.operation(node) != "dropout" and not is_identity(node)]
     if not (views or moved):
         return None
-    refusal = Refusal("view-between", "{} reaches {} through {}", site.sigmoid, site.add, (views + moved)[0])
+    first = describe((views + moved)[0], words)
+    refusal = Refusal("view-between", "{} reaches {} through {}", site.sigmoid, site.add, first)
     needed = (site.gate, site.b, site.product, site.add, *views, *moved)
     if any(tensor_of(node) is None for node in needed):
         return refusal

@@ -27,7 +27,7 @@ class Rewrite(_Record):
     source: str  # "modeling_qwen3_next.py:866", "" when the tracer recorded none
     shape: list[int | str]  # of the result; a symbolic size is its expression as a string
     dtype: str  # "bfloat16"
-    kernels_before: int  # kernels the unfused nodes launch in eager, one per arithmetic node
+    kernels_before: int  # kernels that the unfused nodes are: see `against`
     kernels_after: int  # the same count now: the op, and old nodes other readers keep alive
     bytes_before: int | None  # bytes those kernels read and write; None when a size has no known value
     bytes_after: int | None
@@ -35,6 +35,9 @@ class Rewrite(_Record):
     calls: int = 0  # how often that graph ran while collecting
     stopped: list[dict[str, str]] = field(default_factory=list)  # stages that did not join: stage, code, reason
     verified: bool | None = None  # with `verify`: whether the site could be run against its nodes; None without
+    against: str = (
+        "eager"  # whose kernels and bytes are "before": eager's, one kernel per arithmetic node, or "inductor"
+    )
 
 
 @dataclass(slots=True)

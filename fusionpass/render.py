@@ -213,7 +213,7 @@ def _rewrite_rows(report: Report) -> list[list[str]]:
             site.replacement,
             f"{site.dtype}{_shape(site)}",
             _rule(site),
-            f"{site.kernels_before} -> {site.kernels_after}",
+            f"{site.kernels_before} -> {site.kernels_after} against {site.against}",
             f"{_bytes(site.bytes_before)} -> {_bytes(site.bytes_after)}",
             str(site.graph),
             str(_runs(report, site)),
@@ -247,7 +247,7 @@ def _md(cell: str) -> str:
 
 
 def _savings(report: Report) -> str:
-    """Kernels and bytes before and after, each site as often as it ran; once where nothing has run yet."""
+    """Kernels and bytes before and after, and whose were before; each site as often as it ran, once where nothing has."""
     captured, executed = len(report.rewrites), report.executed
     weights = [_runs(report, site) if executed else 1 for site in report.rewrites]
     sums = []
@@ -255,7 +255,8 @@ def _savings(report: Report) -> str:
         values = [getattr(site, name) for site in report.rewrites]
         known = None not in values
         sums.append(sum(value * weight for value, weight in zip(values, weights, strict=True)) if known else None)
-    kernels = f"kernels {sums[0]} -> {sums[1]}"
+    against = " and ".join(sorted({site.against for site in report.rewrites}))
+    kernels = f"kernels {sums[0]} -> {sums[1]} against {against}"
     traffic = "bytes unknown" if None in sums[2:] else f"bytes {_bytes(sums[2])} -> {_bytes(sums[3])}"
     return f"{kernels}, {traffic} {'per call' if executed in (0, captured) else f'over {executed} runs'}"
 

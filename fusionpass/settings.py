@@ -34,10 +34,14 @@ def check_settings(inner: Any, mode: Any, inductor: Any) -> None:
         raise TypeError(f"option 'mode' is {mode!r}: it takes a mode's name, such as 'reduce-overhead'")
     if not isinstance(inductor, Mapping):
         raise TypeError(f"option 'inductor' is {inductor!r}: it takes a dict of Inductor's settings")
-    given = [f"mode {mode!r}"] if mode not in (None, "default") else []
-    given += [f"option 'inductor' {dict(inductor)!r}"] if inductor else []
+    given = [("mode", mode)] if mode not in (None, "default") else []
+    given += [("inductor", dict(inductor))] if inductor else []
     if given and inner != "inductor":
-        raise ValueError(f"{given[0]} is Inductor's, and option 'inner' is {inner!r}: leave one of the two out")
+        name, value = given[0]
+        raise ValueError(
+            f"option {name!r} is {value!r}, which is Inductor's, and option 'inner' is {inner!r}: "
+            f"add inner='inductor', or leave {name!r} out"
+        )
     of_mode(mode)
     if inductor:
         _check_names(inductor)

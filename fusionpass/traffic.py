@@ -1,7 +1,9 @@
-"""Kernels and bytes of a site, before and after: what eager launches and moves, counted from shapes.
+"""Kernels and bytes of a site, before and after: what eager, or Inductor, launches and moves, counted from shapes.
 
-Each arithmetic node is one kernel that reads its tensor operands once and writes its result once; views and casts that
-return their input cost nothing. Caches are not modelled, so the numbers are upper bounds for small tensors.
+In eager each arithmetic node is one kernel that reads its tensor operands once and writes its result once; views and casts
+that return their input cost nothing. Inductor makes one kernel of all that are not matrix products, but for two kinds of
+reductions, over the terms of a weighted sum and over a row, which share none. A library's matrix product counts as one.
+Caches are not modelled, so the bytes are upper bounds for small tensors.
 """
 
 from __future__ import annotations
@@ -9,10 +11,86 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fusionpass.implementations import interpreted
 from fusionpass.match import Site
 from fusionpass.nodes import gather_of, is_cast
 from fusionpass.tensors import tensor_of
 from fusionpass.vocabulary import Vocabulary
+
+UNROLLED = 8  # Inductor writes out a sum of fewer terms, which is then no reduction
+
+
+def counted_against(inner: object) -> str:
+    """Whose kernels a site's are held against: those of an inner compiler that fuses, else eager's."""
+    return "inductor" if inner == "inductor" else "eager"
+
+
+def unfused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[int, int | None]:
+    """Kernels that the site's nodes are without the pass, and bytes that those move; None when a size has no known value.
+
+    tuned: Inductor tunes by coordinate descent.
+    """
+    if counted_against(inner) == "eager":
+        return kernels_and_bytes(site.parts, words)
+    between = _between(site, words, tuned)
+    moved = [fused_bytes(site, words), *(bytes_of(tensor_of(node)) for node in between * 2)]  # each written, and read
+    return 1 + len(between), None if None in moved else sum(moved)
+
+
+def fused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[int, int | None]:
+    """The same of what takes their place: one kernel, but on a CPU under Inductor, which is given the plain expression."""
+    if counted_against(inner) == "eager" or not _on_cpu(site) or interpreted():
+        moved = fused_bytes(site, words)
+        if not site.residual_written:
+            return 1, moved
+        copied = bytes_of(tensor_of(site.end))  # the sum, read once more and written into the residual
+        return 2, None if None in (moved, copied) else moved + 2 * copied
+    kernels, moved = unfused(site, words, inner, tuned)
+    found = site.projection
+    operands = [] if found is None else [found.x, found.weight, found.bias]
+    tensors = [words.tensor(operand) for operand in operands if operand is not None]
+    casts = [tensor for tensor in tensors if tensor.dtype != torch.float32]  # the expression's product is in float32
+    wide = [None if bytes_of(tensor) is None else bytes_of(tensor) * 4 // tensor.element_size() for tensor in casts]
+    return kernels + len(casts), None if None in (moved, *wide) else moved + 2 * sum(wide)
+
+
+def kept(nodes: list[Node], words: Vocabulary, inner: object) -> tuple[int, int | None]:
+    """The same of nodes that stay for other readers."""
+    kernels, moved = kernels_and_bytes(nodes, words)
+    if counted_against(inner) == "inductor":
+        launching = [node for node in nodes if _launches(node, words)]
+        products = [node for node in launching if _is_product(node, words)]
+        kernels = len(products) + (len(launching) > len(products))
+    return kernels, moved
+
+
+def _between(site: Site, words: Vocabulary, tuned: bool) -> list[Node]:
+    """What one of Inductor's kernels writes for the next: a matrix product's result, and a sum's before a norm reads it.
+
+    Tuned by coordinate descent, the product of the gate becomes a reduction over a row, as the norm is, unless it adds a
+    bias; and an einsum, on a CPU always, one over its terms. On a CPU a reduction's loops nest in those of what reads it, if
+    that goes over the row once more.
+    """
+    projection, routed = site.projection, site.finalize
+    einsum = [node for node in site.parts if words.einsum(node) is not None and not (tuned or _on_cpu(site))]
+    rowwise = [site.norm] if site.norm is not None else []
+    between = list(einsum)
+    if projection is not None and tuned and projection.bias is None and not _on_cpu(site):
+        rowwise.append(projection)
+    elif projection is not None:
+        between.append(site.gate)
+    many = routed is not None and routed.top_k >= UNROLLED and not einsum
+    if many and bool(rowwise) != _on_cpu(site):
+        between.append(site.end)
+    return between
+
+
+def _on_cpu(site: Site) -> bool:
+    return tensor_of(site.end).device.type == "cpu"
+
+
+def _is_product(node: Node, words: Vocabulary) -> bool:
+    return words.operation(node) in ("linear", "matmul", "addmm") or words.einsum(node) is not None
 
 
 def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | None]:

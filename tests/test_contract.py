@@ -51,7 +51,7 @@ def test_records_and_json():
     report = captured(lambda a, b, g: (a + g.sigmoid() * b) + 2 * b.sigmoid() * a, a, b, gate)
     wanted = {
         Rewrite: "rule stages nodes replacement module source shape dtype kernels_before kernels_after bytes_before "
-        "bytes_after graph calls",
+        "bytes_after graph calls stopped against",
         Miss: "node rule code reason module source graph",
     }
     for record, names in wanted.items():

@@ -78,7 +78,7 @@ def test_48_like_layers_are_one_line_that_names_every_module():
     assert "linear*, sigmoid*, mul*" in text
     assert text.splitlines()[-1] == (
         "48 rewritten (48 with gate_projection), 0 near misses, 1 graph, 0 graph breaks; "
-        "kernels 192 -> 48, bytes 192 kB -> 48 kB per call"
+        "kernels 192 -> 48 against eager, bytes 192 kB -> 48 kB per call"
     )
 
 
@@ -116,7 +116,7 @@ def test_every_format_names_every_site():
 def test_sites_that_run_more_often_than_they_were_captured():
     shared = report([rewrite(calls=12)])
     assert "1 site captured, runs 12 times" in render.summary(shared)
-    assert "kernels 48 -> 12, bytes 48 kB -> 12 kB over 12 runs" in render.summary(shared)
+    assert "kernels 48 -> 12 against eager, bytes 48 kB -> 12 kB over 12 runs" in render.summary(shared)
     header = [line.split() for line in render.table(shared).splitlines() if line.startswith("source")]
     assert header == [["source", "sites", "runs", "rewrote", "module", "rule"]]
 
@@ -129,7 +129,7 @@ def test_a_graph_given_to_rewrite_counts_once():
 
 def test_unknown_bytes_are_said_to_be_unknown():
     unknown = report([rewrite(), rewrite(1, bytes_before=None, bytes_after=None)])
-    assert "kernels 8 -> 2, bytes unknown" in render.summary(unknown)
+    assert "kernels 8 -> 2 against eager, bytes unknown" in render.summary(unknown)
     assert "? -> ?" in render.markdown(unknown)
 
 

@@ -10,6 +10,8 @@ from typing import NoReturn
 from fusionpass._version import __version__
 from fusionpass.cli import bench_arguments
 from fusionpass.cli.bench_arguments import EXPERTS_HELP
+from fusionpass.cli.interrupt import INTERRUPTED, Interrupts, interrupts
+from fusionpass.cli.numbers import whole_number
 
 DESCRIPTION = """\
 Find a + sigmoid(g) * b, the shared-expert combine of Mixture-of-Experts models, in a model's graph, swap it for one
@@ -19,7 +21,7 @@ EPILOG = """\
 examples:
   fusionpass report qwen3_next
       the 48 layers of the default Qwen3-Next config, on the meta device: no weights, no download, no GPU
-  fusionpass report mymodel.py:Block --input "bf16[64,2048]" --diff
+  fusionpass report mymodel.py:Block --dtype bf16 --input "bf16[64,2048]" --diff
       your own module, with the graph's code before and after
   fusionpass report ./checkpoint --layers 4 --expect 4 --format json -o report.json
       a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, which holds the count in CI
@@ -67,12 +69,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
+class _CommandParser(_Parser):
+    """A command's own arguments: it tells those it does not know, where argparse leaves that to `fusionpass`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of `fusionpass`."""
     raw = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     top = _Parser(prog="fusionpass", description=DESCRIPTION, epilog=EPILOG, **raw)
     top.add_argument("--version", action="version", version=f"fusionpass {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_CommandParser)
     report = commands.add_parser(
         "report",
         help="capture a model and say what the pass does to it",
@@ -158,15 +170,22 @@ def _add_report(report: argparse.ArgumentParser) -> None:
 
 def _count_from(least: int):
     def count(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
-        return int(text)
+        return whole_number(text, least)
 
     return count
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    with interrupts() as ctrl_c:
+        try:
+            status = _main(argv, ctrl_c)
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        return INTERRUPTED if ctrl_c.pressed else status
+
+
+def _main(argv: Sequence[str] | None, ctrl_c: Interrupts) -> int:
     try:
         arguments = parser().parse_args(argv)
     except SystemExit as done:  # argparse leaves this way, after --help and --version too
@@ -176,14 +195,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except KeyboardInterrupt:
-        return 130
-    except Exception as error:  # whatever it is, the user reads one line; the variable shows the rest
+        raise
+    except BaseException as error:  # whatever it is, the user reads one line; the variable shows the rest
         if wants_traceback():
             import traceback
 
             traceback.print_exc()
             return 2
-        print(f"fusionpass {arguments.command}: {_sentence(error)}", file=sys.stderr)
+        if not ctrl_c.pressed:
+            print(f"fusionpass {arguments.command}: {_sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -206,7 +226,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return report_command(arguments)
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     """The error in one line: ours are sentences already, any other gets its type and the way to its traceback."""
     from fusionpass.targets.types import TargetError, one_line
 

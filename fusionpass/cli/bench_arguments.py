@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from fusionpass.bench import MODES
+from fusionpass.cli.numbers import is_whole, whole_number
 
 DESCRIPTION = """\
 With a TARGET, a Hugging Face model type, folder or hub id: ms per decode step of the whole model with random weights
@@ -90,17 +91,17 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "just written them; default: until one turn reads twice the cache, at most 128",
     )
     what.add_argument("--no-tuned", action="store_true", help="leave out coordinate_descent_tuning, the slow compile")
-    what.add_argument("--from", dest="saved", type=Path, metavar="RUN.json", help="measure nothing, take a saved run")
+    what.add_argument("--from", dest="saved", type=_file, metavar="RUN.json", help="measure nothing, take a saved run")
     output = bench.add_argument_group("output")
     output.add_argument("--format", choices=("table", "markdown"), default="table", help="default: table")
-    output.add_argument("--json", type=Path, metavar="FILE", help="save the run to FILE")
+    output.add_argument("--json", type=_file, metavar="FILE", help="save the run to FILE")
     output.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the run to FILE, by its suffix a .png, .svg or .pdf"
+        "--plot", type=_file, metavar="FILE", help="draw the run to FILE, by its suffix a .png, .svg or .pdf"
     )
     judge = bench.add_argument_group("comparison")
     judge.add_argument(
         "--check",
-        type=Path,
+        type=_file,
         metavar="BASELINE.json",
         help="exit 1 if a ratio is worse than in this saved run; measures its cases unless --tokens or --hidden is given",
     )
@@ -126,21 +127,23 @@ def _modes(text: str) -> list[str]:
 
 def _sizes(text: str) -> list[int]:
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words):
+    if not all(is_whole(word) and int(word) > 0 for word in words):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers from 1 up, such as 1,32,256")
     return sorted({int(word) for word in words})
 
 
 def _rounds(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 2 up: one sample has no spread")
-    return int(text)
+    return whole_number(text, 2, ": one sample has no spread")
 
 
 def _sets(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
+    return whole_number(text, 1)
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: name a file")
+    return Path(text)
 
 
 def _tolerance(text: str) -> float:

@@ -10,12 +10,18 @@ from fusionpass.targets.types import TargetError
 
 
 def print_out(text: str) -> None:
-    """To standard output; a reader that has seen enough (`| head`) is no error."""
+    """To standard output; a reader that has seen enough (`| head`) is no error.
+
+    Raises:
+        TargetError: standard output takes nothing more, as on a full disk.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # Python flushes standard output once more at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise TargetError(f"standard output cannot be written: {_why(error)}, use -o FILE elsewhere") from error
 
 
 def ensure_writable(output: Path, option: str) -> None:
@@ -24,13 +30,32 @@ def ensure_writable(output: Path, option: str) -> None:
     Raises:
         TargetError: names the option, the file and what is in the way.
     """
+    try:
+        obstacle = _obstacle(output)
+    except OSError as error:
+        obstacle = f"{_why(error)}, name another file"
+    if obstacle:
+        raise _cannot(output, option, obstacle)
+
+
+def _obstacle(output: Path) -> str:
     folder = output.parent
     if not folder.is_dir():
-        raise _cannot(output, option, f"there is no folder {str(folder)!r}, make it first")
+        return f"there is no folder {str(folder)!r}, make it first"
     if output.is_dir():
-        raise _cannot(output, option, "it is a folder, name a file in it")
-    if not os.access(output if output.exists() else folder, os.W_OK):
-        raise _cannot(output, option, "permission denied, name another file")
+        return "it is a folder, name a file in it"
+    if not output.exists() or output.is_file():  # opening a pipe or a device may wait for its other end
+        _open_once(output)
+    return ""
+
+
+def _open_once(output: Path) -> None:
+    """Open it for writing, which tells a read-only file system from a missing permission, and leave all as it was."""
+    is_new = not output.exists()
+    with open(output, "ab"):
+        pass
+    if is_new:
+        output.unlink()
 
 
 def write(output: Path, text: str, option: str) -> None:
@@ -42,7 +67,12 @@ def write(output: Path, text: str, option: str) -> None:
     try:
         output.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
-        raise _cannot(output, option, f"{error.strerror}, name another file") from error
+        raise _cannot(output, option, f"{_why(error)}, name another file") from error
+
+
+def _why(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return text[:1].lower() + text[1:]
 
 
 def _cannot(output: Path, option: str, why: str) -> TargetError:

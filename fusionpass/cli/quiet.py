@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any, TextIO
 
 TRACEBACK = "FUSIONPASS_TRACEBACK"
 _LOUD = ("TORCH_LOGS", "TRANSFORMERS_VERBOSITY", TRACEBACK)
@@ -25,7 +26,10 @@ def wants_traceback() -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No log record, no warning and no print of the code that runs inside reaches standard output."""
-    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if not wants_traceback() and sys.stderr is not None:
+            stack.enter_context(contextlib.redirect_stderr(_WithoutTracebacks(sys.stderr)))
+        stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         if not any(os.environ.get(name) for name in _LOUD):
             stack.callback(logging.disable, logging.root.manager.disable)
             logging.disable(logging.CRITICAL)
@@ -33,3 +37,18 @@ def quiet() -> Iterator[None]:
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
         yield
+
+
+class _WithoutTracebacks:
+    """A stream less the traceback that a `GraphModule` prints before it raises the error, which is told by itself."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        ends_dropped, self._dropped = self._dropped and text == "\n", "Call using an FX-traced Module" in text
+        return len(text) if ends_dropped or self._dropped else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fusionpass.cli.advice import advice, given
 from fusionpass.cli.diff import appended
 from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
@@ -24,6 +25,8 @@ def report_command(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: bad input, told in one sentence.
     """
+    if arguments.output == "":
+        raise TargetError("-o '' is empty: name a file")
     output = None if arguments.output in (None, "-") else Path(arguments.output)
     if output is not None:
         ensure_writable(output, "-o")
@@ -34,7 +37,7 @@ def report_command(arguments: argparse.Namespace) -> int:
         target = _resolve(arguments)
         progress.stage("capturing")
         try:
-            report = _capture(target, options, keep_code=arguments.diff)
+            report = _capture(target, options, arguments)
         except VerificationFailed as error:
             print(f"fusionpass report {arguments.target}: {error}", file=sys.stderr)
             return 1
@@ -82,8 +85,9 @@ def _resolve(arguments: argparse.Namespace) -> Target:
     )
 
 
-def _capture(target: Target, options: dict[str, object], *, keep_code: bool) -> Report:
+def _capture(target: Target, options: dict[str, object], arguments: argparse.Namespace) -> Report:
     """The report on one captured call of the target."""
+    keep_code = arguments.diff
     try:
         with target.capturing():
             if target.program is not None:
@@ -92,13 +96,12 @@ def _capture(target: Target, options: dict[str, object], *, keep_code: bool) -> 
 
             call = (target.model, target.args, dict(target.kwargs))
             return capture(*call, target=target.name, keep_code=keep_code, **options)
-    except VerificationFailed:
+    except (VerificationFailed, KeyboardInterrupt):
         raise
-    except Exception as error:  # the target's own code runs here, and may raise anything
-        needs_values = target.on_meta and "meta" in str(error)
-        hint = "meta tensors have no values, so try --device cpu --layers 2; " if needs_values else ""
+    except BaseException as error:  # the target's own code runs here, and may raise anything, or call sys.exit
         raise TargetError(
-            f"{target.name!r} cannot be captured: {one_line(error)}; {hint}{TRACEBACK}=1 shows the traceback"
+            f"{given(target, arguments)} cannot be captured: {one_line(error)}; "
+            f"{advice(target, arguments, error)}{TRACEBACK}=1 shows the traceback"
         ) from error
 
 

@@ -17,6 +17,7 @@ from torch.fx import Node
 from fusionpass.effects import Effects
 from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
 from fusionpass.match import Finalize, Refusal, RuleInfo, Site
+from fusionpass.naming import describe
 from fusionpass.nodes import gather_of, is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.stages import common
@@ -69,7 +70,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
 def _weighted_sum(site: Site, words: Vocabulary, parts: list[Node]) -> Finalize | Refusal:
     """The stage's operands; `parts` gets its nodes, in the order of the data flow."""
     total = common.behind(site.a, parts, casts=True)
-    other = Refusal("not-a-finalize", "a comes from {}", total)
+    other = Refusal("not-a-finalize", "a comes from {}", describe(total, words))
     einsum = _einsum(total, words)
     if einsum is not None:
         parts.insert(0, total)
@@ -90,7 +91,7 @@ def _weighted_sum(site: Site, words: Vocabulary, parts: list[Node]) -> Finalize 
         node = common.behind(gather[0], parts)
     product = words.meaning(node)
     if product is None or product.op != "mul" or product.in_place or product.oddity or len(product.operands) != 2:
-        return Refusal("not-a-finalize", "{} sums up {}, which is no product with weights", total, node)
+        return Refusal("not-a-finalize", "{} sums up {}, not a product with weights", total, describe(node, words))
     parts.insert(0, node)
     for weights, y in (product.operands, product.operands[::-1]):
         if _one_per_row(weights, y):

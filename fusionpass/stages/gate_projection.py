@@ -12,6 +12,7 @@ import torch
 
 from fusionpass.effects import Effects
 from fusionpass.match import Projection, Refusal, RuleInfo, Site
+from fusionpass.naming import describe
 from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.stages import common
@@ -60,7 +61,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     projection, views = _behind_reshapes(site)
     meaning = words.meaning(projection)
     if meaning is None or meaning.op not in ("linear", "matmul", "addmm"):
-        return Refusal("not-a-projection", "the gate logit comes from {}", projection)
+        return Refusal("not-a-projection", "the gate logit comes from {}", describe(projection, words))
     if meaning.oddity is not None:
         return meaning.oddity
     parts = [projection, *reversed(views)]

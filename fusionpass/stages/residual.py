@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Refusal, RuleInfo, Site
+from fusionpass.naming import describe
 from fusionpass.nodes import is_cast, is_reshape, readers
 from fusionpass.options import Options
 from fusionpass.pattern import find, is_identity
@@ -58,7 +59,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         node = reader
     meaning = words.meaning(reader)
     if meaning is None or meaning.op != "add" or len(meaning.operands) != 2:
-        return Refusal("not-a-residual", "{} goes to {}", site.add, reader)
+        return Refusal("not-a-residual", "{} goes to {}", site.add, describe(reader, words))
     if meaning.oddity is not None:
         return meaning.oddity
     if any(other is not None and other.a is node for other, _ in find(words, reader)):

@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.match import Norm, Refusal, RuleInfo, Site
+from fusionpass.naming import describe
 from fusionpass.nodes import is_cast, readers
 from fusionpass.options import Options
 from fusionpass.pattern import is_identity
@@ -59,7 +60,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
     if norm is None and writer is not None:
         return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, site.end)
     if norm is None:
-        names = ", ".join(sorted(reader.name for reader in readers(site.end))) or "nothing"
+        names = "; ".join(sorted(describe(reader, words) for reader in readers(site.end))) or "nothing"
         return Refusal("not-an-rms-norm", "{} is read by {}", site.end, names)
     if isinstance(norm, Refusal):
         return norm

@@ -21,8 +21,9 @@ def from_archive(path: str) -> Target:
     try:
         program = torch.export.load(path)
     except Exception as error:  # a broken zip, a missing member, bad JSON: torch raises a type of its own for each
+        why = first_line(error, 160).partition(" Please check the warnings")[0]  # which nobody has seen
         raise TargetError(
-            f"{path!r} could not be read by torch.export.load ({type(error).__name__}: {first_line(error, 160)}): "
+            f"{path!r} could not be read by torch.export.load ({type(error).__name__}: {why}): "
             "write it again with torch.export.save"
         ) from error
     return Target(name=path, program=program)

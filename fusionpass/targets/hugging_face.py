@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from fusionpass.targets.config import complete, cut_layers, without_cache
+from fusionpass.targets.config import complete, cut_layers, text_part, without_cache
+from fusionpass.targets.memory import ensure_countable, ensure_fits, ensure_room
 from fusionpass.targets.types import Target, TargetError, ensure_device, first_line
 
 # The first that knows the config builds it: a text decoder with its head, then models that take text among others.
@@ -28,6 +29,7 @@ AUTO_CLASSES = (
 )
 # Text models whose forward takes the sum of embeddings that a model around them makes, and embeds no ids itself.
 TAKES_EMBEDDINGS = ("qwen3_omni_moe_talker_text",)
+ALIKE = 0.8  # of two names' letters, where one may be a slip of the other
 ALL_TYPES = "python -c 'from transformers import CONFIG_MAPPING; print(*CONFIG_MAPPING)'"
 
 
@@ -49,6 +51,7 @@ def from_hugging_face(
     or trusted code that a folder refers to, reaches the network.
     """
     chosen = ensure_device(device)
+    ensure_countable(tokens, batch)
     transformers = _transformers(target)
     with _offline(kind == "type" or (kind == "folder" and not trust_remote_code)):
         config = _config(transformers, target, kind, trust_remote_code)
@@ -57,19 +60,28 @@ def from_hugging_face(
             parts = _parts(transformers, config.model_type)
             cut_layers(config, layers, target, f", or name one of its parts{parts}" if parts else "")
         without_cache(config)
+        ensure_room(config, tokens, batch, dtype, chosen)
         build = _builder(transformers, config, target, trust_remote_code)
         advice = "keep more layers with --layers" if layers is not None else "give a folder with a complete config.json"
         if experts is not None:
             _ensure_known_experts(transformers, experts)
             build = partial(build, experts_implementation=experts)
         if chosen.type != "meta":
-            _ensure_fits(_built(build, target, dtype, torch.device("meta"), advice), chosen)
+            ensure_fits(_built(build, target, dtype, torch.device("meta"), advice), chosen)
         model = _built(build, target, dtype, chosen, advice).eval()
     if experts is not None:
         _ensure_experts(model, experts, target)
     inputs = _inputs(model, tokens, batch, chosen)
     _ensure_takes(model, inputs, target)
-    return Target(name=target, model=model, kwargs=inputs, notes=notes)
+    return Target(name=target, model=model, kwargs=inputs, notes=notes, advice=_advice(config, tokens))
+
+
+def _advice(config: Any, tokens: int) -> str:
+    """What to do where the model then fails: more tokens than a table of positions holds."""
+    most = getattr(text_part(config), "max_position_embeddings", None)
+    if not isinstance(most, int) or tokens <= most:
+        return ""
+    return f"--tokens {tokens} is more than the {most} positions of its config, so make it smaller"
 
 
 def _transformers(target: str) -> Any:
@@ -135,8 +147,10 @@ def _read_config(folder: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TargetError(f"the folder {folder!r} has no config.json: give the folder that holds it") from error
-    except (OSError, ValueError) as error:
-        raise TargetError(f"{str(path)!r} could not be read as JSON ({first_line(error)}): correct it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        empty = path.is_file() and path.stat().st_size == 0
+        why = "it is empty" if empty else (getattr(error, "strerror", None) or first_line(error))
+        raise TargetError(f"{str(path)!r} could not be read as JSON ({why}): correct it") from error
     if not isinstance(content, dict) or not (content.get("model_type") or content.get("auto_map")):
         raise TargetError(f'{str(path)!r} names no model_type: add one, such as "model_type": "qwen3_next"')
     return content
@@ -146,7 +160,7 @@ def _ensure_known(transformers: Any, model_type: Any, complaint: str) -> None:
     known = list(transformers.CONFIG_MAPPING)
     if model_type in known:
         return
-    close = difflib.get_close_matches(str(model_type).replace("-", "_").lower(), known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(str(model_type).replace("-", "_").lower(), known, n=3, cutoff=ALIKE)
     hint = f"did you mean {', '.join(close)}? " if close else ""
     raise TargetError(f"{complaint}: {hint}see all with {ALL_TYPES}")
 
@@ -225,26 +239,6 @@ def _attempt(build: Callable[[], Any], what: str, advice: str) -> Any:
         ) from error
 
 
-def _ensure_fits(on_meta: torch.nn.Module, device: torch.device) -> None:
-    """Refuse weights beyond the memory that is free, before the machine is driven into swap."""
-    needed = sum(value.nbytes for value in (*on_meta.parameters(), *on_meta.buffers()))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
-    if free is not None and needed > free:
-        raise TargetError(
-            f"the weights take {needed / 1e9:.1f} GB on {device} and {free / 1e9:.1f} GB are free: "
-            "use --device meta, or --layers N for a shorter model"
-        )
-
-
-def _free_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # no Linux: nothing is refused
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
-
-
 def _ensure_known_experts(transformers: Any, experts: str) -> None:
     moe = importlib.import_module("transformers.integrations.moe")
     known = sorted({"eager", *moe.ALL_EXPERTS_FUNCTIONS.valid_keys()})
@@ -268,7 +262,7 @@ def _inputs(model: Any, tokens: int, batch: int, device: torch.device) -> dict[s
     if getattr(model.config, "model_type", "") in TAKES_EMBEDDINGS:
         size = (batch, tokens, model.config.hidden_size)
         return {"inputs_embeds": torch.zeros(size, dtype=model.dtype, device=device)}
-    ids = (torch.arange(batch * tokens, dtype=torch.int64).reshape(batch, tokens) % 97 + 3).to(device)
+    ids = torch.arange(batch * tokens, dtype=torch.int64, device=device).reshape(batch, tokens) % 97 + 3
     inputs = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fusionpass.targets.types import TargetError
+from fusionpass.targets.memory import MOST_BYTES, bytes_needed, obstacle
+from fusionpass.targets.types import TargetError, first_line
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -28,6 +29,7 @@ DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
+MOST_DIGITS = 30  # of a size that is read
 _SPEC = re.compile(r"\s*(\w+)\s*\[\s*((?:\d+\s*(?:,\s*\d+\s*)*)?)\]\s*")
 
 
@@ -35,20 +37,42 @@ def from_spec(spec: str, device: torch.device) -> torch.Tensor:
     """A tensor for a spec such as `bf16[64,2048]`: random floats, zero integers (valid indices), true booleans."""
     found = _SPEC.fullmatch(spec)
     if found is None:
-        raise TargetError(f'input {spec!r} is no dtype[sizes]: write for example "bf16[64,2048]" or "i64[2,9]"')
-    name, sizes = found[1], [int(size) for size in found[2].split(",") if size.strip()]
+        raise TargetError(f'--input {spec!r} is no dtype[sizes]: write for example "bf16[64,2048]" or "i64[2,9]"')
+    name = found[1]
     if name not in DTYPES:
-        raise TargetError(f"input {spec!r} has the unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+        raise TargetError(f"--input {spec!r} has the unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
+    words = [word.strip() for word in found[2].split(",") if word.strip()]
+    sizes = [int(word[:MOST_DIGITS]) for word in words]  # a longer number is too large by its first digits alone
     dtype = DTYPES[name]
+    made = torch.float32 if dtype.is_floating_point and device.type != "meta" else dtype
+    needed = max(bytes_needed(sizes, made), bytes_needed(sizes, dtype))
+    why = obstacle(needed, device)
+    if why:
+        step = "make it smaller" + ("" if needed > MOST_BYTES else _or_meta(device))
+        raise TargetError(f"--input {_short(spec)!r} is too large: {why}; {step}")
     try:
-        if device.type == "meta":
-            return torch.empty(sizes, dtype=dtype, device=device)
-        if dtype.is_floating_point:
-            values = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-            return values.to(device=device, dtype=dtype)
-        return (torch.ones if dtype is torch.bool else torch.zeros)(sizes, dtype=dtype, device=device)
+        return _filled(sizes, dtype, device)
     except RuntimeError as error:
-        raise TargetError(f"input {spec!r} cannot be allocated on {device}: make it smaller, or use meta") from error
+        raise TargetError(
+            f"--input {spec!r} cannot be allocated on {device} ({first_line(error)}): make it smaller{_or_meta(device)}"
+        ) from error
+
+
+def _filled(sizes: list[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "meta":
+        return torch.empty(sizes, dtype=dtype, device=device)
+    if dtype.is_floating_point:
+        values = torch.randn(sizes, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        return values.to(device=device, dtype=dtype)
+    return (torch.ones if dtype is torch.bool else torch.zeros)(sizes, dtype=dtype, device=device)
+
+
+def _or_meta(device: torch.device) -> str:
+    return "" if device.type == "meta" else ", or add --device meta"
+
+
+def _short(spec: str) -> str:
+    return spec if len(spec) <= 80 else f"{spec[:60]}...{spec[-10:]}"
 
 
 def as_call(given: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -8,9 +8,9 @@ import importlib.util
 import inspect
 import os
 import sys
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ def from_python(
         raise TargetError(f"{target!r} does not say what to capture: write FILE.py:NAME or PACKAGE.MODULE:NAME")
     module = _load_file(place) if place.endswith(".py") or os.sep in place else _load_module(place)
     model = _callable_of(_lookup(module, name, target), target)
+    if isinstance(model, torch.nn.Module) and model.forward == types.MethodType(torch.nn.Module.forward, model):
+        raise TargetError(
+            f"{target!r} is {type(model).__name__}, which has no forward: name a module that can be called"
+        )
     chosen = ensure_device(device) if device is not None else None
     if isinstance(model, torch.nn.Module) and (chosen is not None or dtype is not None):
         model = _moved_module(model, chosen, dtype, target)
@@ -45,7 +49,7 @@ def from_python(
     return Target(name=target, model=model, args=args, kwargs=kwargs)
 
 
-def _load_file(place: str) -> ModuleType:
+def _load_file(place: str) -> types.ModuleType:
     path = Path(place).expanduser().resolve()
     if not path.is_file():
         raise TargetError(f"there is no file {place!r}: check the path, it is looked up from {os.getcwd()}")
@@ -64,7 +68,7 @@ def _load_file(place: str) -> ModuleType:
     return module
 
 
-def _load_module(place: str) -> ModuleType:
+def _load_module(place: str) -> types.ModuleType:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m package.module` does
     try:
@@ -80,14 +84,16 @@ def _guarded(run: Callable[[], Any], what: str) -> Any:
     """`run()`, with whatever the user's code raises told in one line."""
     try:
         return run()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise TargetError(
             f"running {what!r} failed with {type(error).__name__}: {first_line(error)}; "
             "FUSIONPASS_TRACEBACK=1 shows the traceback"
         ) from error
 
 
-def _lookup(module: ModuleType, name: str, target: str) -> Any:
+def _lookup(module: types.ModuleType, name: str, target: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
@@ -141,7 +147,7 @@ def _moved_module(model: torch.nn.Module, device, dtype, target: str) -> torch.n
         ) from error
 
 
-def _inputs(module: ModuleType, model: Callable[..., Any], target: str, specs: Sequence[str], device):
+def _inputs(module: types.ModuleType, model: Callable[..., Any], target: str, specs: Sequence[str], device):
     if specs:
         where = device or _device_of(model)
         return tuple(from_spec(spec, where) for spec in specs), {}
@@ -168,6 +174,7 @@ def _ensure_binds(model: Callable[..., Any], args: tuple, kwargs: dict, target: 
         inspect.signature(forward).bind(*args, **kwargs)
     except TypeError as error:
         given = len(args) + len(kwargs)
-        raise TargetError(f"{target!r} was given {given} inputs, which do not fit its signature: {error}") from error
+        inputs = "1 input, which does" if given == 1 else f"{given} inputs, which do"
+        raise TargetError(f"{target!r} was given {inputs} not fit its signature: {error}") from error
     except ValueError:  # a builtin without a signature: the call itself will tell
         return

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 _EXPLANATION = re.compile(r"^\s*Explanation: (.+)$", re.MULTILINE)
 _PREAMBLE = re.compile(r"^Dynamo failed to run FX node with fake tensors: .*: got (?=\w+\()")
+_BACKEND = re.compile(r"^backend=.* raised: ")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_TOO_MUCH = re.compile(r"you tried to allocate (\d+) bytes")
+_QUOTED = re.compile(r"""\w+\((['"])(.*)\1\)""")  # the repr of an exception
+_TORCH = os.path.dirname(torch.__file__)
 
 
 class TargetError(ValueError):
@@ -35,6 +39,7 @@ class Target:
         kwargs: keyword inputs of the call.
         program: the exported program of a `.pt2` archive, else None.
         notes: what the user should know about how it was built, one sentence each.
+        advice: what to try first should the capture fail, "" for nothing.
     """
 
     name: str
@@ -43,6 +48,7 @@ class Target:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     program: ExportedProgram | None = None
     notes: tuple[str, ...] = ()
+    advice: str = ""
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -61,9 +67,21 @@ class Target:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of an error's text that says something, cut to `most` characters."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _cut(lines[0] if lines else "no message", most)
+    """The first line of an error's text that says something, cut to `most` characters; with those that a colon leads to."""
+    asked = asked_for(error)
+    if asked:
+        return asked
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    last = next((at for at, line in enumerate(lines) if not line.endswith(":")), len(lines) - 1)
+    return _cut(" ".join(lines[: last + 1]).rstrip(":"), most)
+
+
+def asked_for(error: BaseException) -> str:
+    """What an error of too little memory says, in plain words; "" for any other."""
+    found = _TOO_MUCH.search(str(error))
+    if found is not None:
+        return f"there is no memory for a tensor of {int(found[1]) / 1e9:,.0f} GB"
+    return "the GPU has too little memory" if isinstance(error, torch.OutOfMemoryError) else ""
 
 
 def _cut(text: str, most: int) -> str:
@@ -78,10 +96,16 @@ def one_line(error: BaseException, most: int = 320) -> str:
     """
     text = str(error)
     explained = _EXPLANATION.search(text)
-    what = first_line(error, most) if explained is None else _cut(_PREAMBLE.sub("", explained[1]), most)
+    what = _BACKEND.sub("the inner compiler failed: ", first_line(error, most + 300))
+    what = _cut(what, most)
+    if explained is not None and not asked_for(error):
+        inner = _PREAMBLE.sub("", explained[1])
+        quoted = _QUOTED.fullmatch(inner)
+        what = _cut(inner if quoted is None else quoted[2], most)
     frames = _FRAME.findall(text.partition("from user code:")[2])
+    frames = [frame for frame in frames if not frame[0].startswith(_TORCH)] or frames
     where = f" at {os.path.basename(frames[-1][0])}:{frames[-1][1]}" if frames else ""
-    return f"{type(error).__name__}{where}: {what}"
+    return f"{type(error).__name__}{where}: {what.rstrip('.!')}"
 
 
 def ensure_device(device: str) -> torch.device:
@@ -90,6 +114,8 @@ def ensure_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise TargetError(f"device {device!r} is unknown to torch: use cpu, cuda or meta") from error
+    if chosen.type not in ("cpu", "cuda", "meta"):
+        _ensure_linked(device, chosen)
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise TargetError(f"device {device!r} was asked for, and torch sees no CUDA GPU: use --device meta or cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
@@ -98,3 +124,14 @@ def ensure_device(device: str) -> torch.device:
             f"device {device!r} was asked for, and torch sees {count} GPUs, numbered from 0: name another"
         )
     return chosen
+
+
+def _ensure_linked(device: str, chosen: torch.device) -> None:
+    """A tensor can be made there: torch knows the names of more devices than it is built for."""
+    try:
+        torch.empty(0, device=chosen)
+    except Exception as error:  # each missing device raises a type of its own
+        why = first_line(error, 160).partition(". ")[0]
+        raise TargetError(
+            f"device {device!r} was asked for, and torch makes no tensor there ({why}): use --device meta or cpu"
+        ) from error
