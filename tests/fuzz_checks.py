@@ -1,0 +1,281 @@
+"""Run a program's text with the pass and without, and compare. Each check is a function of the text alone."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import fuzz_ops
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fuzz_compare import assert_equal_state, assert_same, streams
+from fuzz_modules import Program, Tracer, patch
+from programs import DEVICE, operands
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import fusionpass
+from fusionpass.backend import fusionpass as backend
+from fusionpass.copying import editable
+from fusionpass.private import lookup_backend
+
+SHAPES = (4, 6), (4, 6), (4, 1), (1, 6), (8, 6), (4, 2), (6,)
+ORDER = (3, 0, 7, 1, 6, 2, 5, 4)
+
+
+class Skipped(Exception):
+    """The program cannot run without the pass, or a tracer refuses it, so there is nothing to compare."""
+
+
+@dataclass
+class Run:
+    """What one call has left behind: results, inputs, the tensor that the program knows by itself; gradients."""
+
+    outputs: list[Tensor]
+    tensors: list[Tensor]
+    streams: list[Tensor]
+
+    def values(self) -> list[Tensor]:
+        return [t.detach() for t in self.tensors]
+
+
+def built(source: str) -> SimpleNamespace:
+    (known,) = operands((4, 6), seed=1)
+    scope = {
+        "torch": torch,
+        "F": F,
+        "np": np,
+        "contextlib": contextlib,
+        "checkpoint": checkpoint,
+        "fuzzlib": torch.ops.fuzzlib,
+        "reshape": fuzz_ops.reshape,
+        "detach": fuzz_ops.detach,
+        "setitem": operator.setitem,
+        "iadd": operator.iadd,
+        "patch": patch,
+        "DEVICE": DEVICE,
+        "register_module_forward_hook": torch.nn.modules.module.register_module_forward_hook,
+        "register_module_forward_pre_hook": torch.nn.modules.module.register_module_forward_pre_hook,
+        "register_module_full_backward_hook": torch.nn.modules.module.register_module_full_backward_hook,
+    }
+    scope["__name__"] = "fuzzed"
+    exec("torch.fx.wrap('reshape'); torch.fx.wrap('detach')\n" if "symbolic_trace" in source else "", scope)
+    exec(source, scope)
+    scope["P"] = known.to(scope["DTYPE"])
+    scope["P0"] = scope["P"].clone()
+    return SimpleNamespace(**scope)
+
+
+def inputs(dtype: torch.dtype, requires_grad: bool = False) -> list[Tensor]:
+    floats = [t.requires_grad_(requires_grad) for t in operands(*SHAPES, dtype=dtype)]
+    order = torch.tensor(ORDER, device=DEVICE)
+    return [*floats, order, order.view(4, 2) > 5]
+
+
+def called(function: Callable, share: Callable, scope: SimpleNamespace) -> Run:
+    with torch.no_grad(), scope.AROUND:
+        args = share(*inputs(scope.DTYPE))
+        scope.P.copy_(scope.P0)
+        if any(arg is scope.P for arg in args):
+            args = [scope.P if arg is scope.P else arg for arg in args]
+        torch.manual_seed(0)
+        outputs = list(function(*args))
+        return Run(outputs, [*outputs, *args, scope.P], streams())
+
+
+def attempted(function: Callable, *args: Any) -> Any:
+    """What the call gives without the pass; when it raises, there is nothing to compare."""
+    try:
+        return function(*args)
+    except Exception as error:  # whatever it is, it is not of the pass
+        raise Skipped(f"{type(error).__name__}: {error}") from error
+
+
+class Both:
+    """A backend for Dynamo that compiles its graph twice, as it is and with the pass, so that one capture serves both."""
+
+    def __init__(self, inner: str, numerics: str):
+        self.inner, self.numerics = inner, numerics
+        self.fused = False
+        self.sites = 0
+        self.error: Exception | None = None  # of the pass; Dynamo wraps it, and a plain run would be skipped for it
+
+    def __call__(self, graph_module: GraphModule, example_inputs: list[Any]) -> Callable:
+        options = {"inner": self.inner, "verify": False, "numerics": self.numerics, "profitable_only": False}
+        plain = lookup_backend(self.inner)(editable(graph_module), example_inputs)
+        try:
+            with fusionpass.collect() as report:
+                fused = backend(graph_module, example_inputs, options=options)
+        except Exception as error:
+            self.error = error
+            raise
+        self.sites += len(report.rewrites)
+        return lambda *args: (fused if self.fused else plain)(*args)
+
+
+@contextlib.contextmanager
+def with_the_pass(both: Both):
+    if both.error is not None:
+        raise both.error
+    both.fused = True
+    try:
+        yield
+    finally:
+        both.fused = False
+    if both.error is not None:
+        raise both.error
+
+
+def check_compiled(source: str) -> int:
+    """The number of sites rewritten, as every check returns."""
+    scope = built(source)
+    both = Both(scope.INNER, scope.NUMERICS)
+    compiled = torch.compile(scope.program, backend=both)
+    for share in (scope.first, scope.second):
+        again = lambda share=share: called(scope.program, share, scope).values()  # noqa: E731
+        try:
+            want = attempted(called, compiled, share, scope)
+        except Skipped:
+            if both.error is not None:
+                raise both.error from None
+            raise
+        wanted = Run([], [t.clone() if t is scope.P else t for t in want.tensors], want.streams)
+        with with_the_pass(both):
+            got = called(compiled, share, scope)
+        assert_equal_state(got, want)
+        assert_same(got.values(), wanted.values(), again)
+    return both.sites
+
+
+def traced(scope: SimpleNamespace, program: Callable, args: list[Tensor]) -> GraphModule:
+    if scope.TRACER == "symbolic_trace":
+        return torch.fx.symbolic_trace(program)
+    return make_fx(program, tracing_mode=scope.TRACER)(*args)
+
+
+def check_recorded(source: str) -> int:
+    scope = built(source)
+    attempted(called, scope.program, scope.first, scope)
+    with torch.no_grad():
+        args = scope.first(*inputs(scope.DTYPE))
+        scope.P.copy_(scope.P0)
+        graph = attempted(traced, scope, scope.program, args)
+        given = inputs(scope.DTYPE) if scope.TRACER == "symbolic_trace" else None
+        options = {"numerics": scope.NUMERICS, "verify": False}
+        rewritten, report = fusionpass.rewrite(graph, given, **options)
+    for share in (scope.first, scope.second):
+        try:
+            want = attempted(called, graph, share, scope)
+        except Skipped:
+            continue
+        wanted = Run([], [t.clone() if t is scope.P else t for t in want.tensors], want.streams)
+        got = called(rewritten, share, scope)
+        assert_equal_state(got, want)
+        assert_same(got.values(), wanted.values(), lambda share=share: called(graph, share, scope).values())
+    return len(report.rewrites)
+
+
+def differentiated(function: Callable, scope: SimpleNamespace, between: Callable) -> tuple[Run, list[Tensor] | str]:
+    """A forward and what it has left; then gradients, or which error backward raises."""
+    args = inputs(scope.DTYPE, True)
+    with torch.no_grad():
+        scope.P.copy_(scope.P0)
+    torch.manual_seed(0)
+    outputs = list(function(*args))
+    forward = Run(outputs, [*outputs, *args, scope.P], streams())
+    values = Run(outputs, [t.detach().clone() for t in forward.tensors], forward.streams)
+    between(args, outputs)
+    differentiable = [t for t in outputs if t.requires_grad]
+    if not differentiable:
+        return forward, values.tensors
+    try:
+        # cotangents of one's own: a loss would save the outputs
+        torch.autograd.backward(differentiable, [t.detach().double().cos().to(t.dtype) for t in values_of(differentiable)])
+    except RuntimeError as error:
+        return forward, f"{type(error).__name__}: {error}"
+    gradients = [torch.zeros(()) if t.grad is None else t.grad for t in args if t.is_floating_point()]
+    return forward, values.tensors + gradients
+
+
+def values_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Numbers that depend on shapes and positions alone."""
+    return [torch.arange(t.numel(), device=t.device, dtype=t.dtype).reshape(t.shape) for t in tensors]
+
+
+def check_trained(source: str) -> int:
+    scope = built(source)
+    attempted(scope.program, *inputs(scope.DTYPE, True))
+    both = Both(scope.INNER, scope.NUMERICS)
+    compiled = torch.compile(scope.program, backend=both)
+    try:
+        forward, want = attempted(differentiated, compiled, scope, scope.between)
+    except Skipped:
+        if both.error is not None:
+            raise both.error from None
+        raise
+    with with_the_pass(both):
+        fused_forward, got = differentiated(compiled, scope, scope.between)
+    assert_equal_state(fused_forward, forward)
+    if isinstance(want, str):
+        assert isinstance(got, str), f"without the pass backward raises {want}"
+        return both.sites
+    assert not isinstance(got, str), f"with the pass backward raises {got}"
+
+    def again() -> list[Tensor] | None:
+        values = differentiated(scope.program, scope, lambda args, outputs: None)[1]
+        return None if isinstance(values, str) else values
+
+    assert [t.shape for t in got] == [t.shape for t in want]
+    assert_same(got, want, again)
+    return both.sites
+
+
+def check_modules(source: str) -> int:
+    scope = built(source)
+    handles = scope.hook()
+    try:
+        models = [Program(scope.program, scope.prepare).to(DEVICE) for _ in range(3)]
+        args = [inputs(scope.DTYPE, scope.GRADIENTS) for _ in models]
+        with torch.set_grad_enabled(scope.GRADIENTS):
+            run_module(attempted, models[2], args[2], scope)
+            plain, graph = (GraphModule(model, attempted(Tracer().trace, model)) for model in models[:2])
+            rewritten, report = fusionpass.rewrite(graph, inputs(scope.DTYPE), numerics=scope.NUMERICS, verify=False)
+            want = attempted(run_module, lambda function, *given: function(*given), plain, args[0], scope)
+            got = run_module(lambda function, *given: function(*given), rewritten, args[1], scope)
+
+        def again() -> list[Tensor]:
+            model = Program(scope.program, scope.prepare).to(DEVICE)
+            with torch.set_grad_enabled(scope.GRADIENTS):
+                tracked = GraphModule(model, Tracer().trace(model))
+                return run_module(lambda f, *given: f(*given), tracked, inputs(scope.DTYPE, scope.GRADIENTS), scope).values()
+
+        assert_equal_state(got, want)
+        assert_same(got.values(), want.values(), again)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return len(report.rewrites)
+
+
+def run_module(call: Callable, module: torch.nn.Module, args: list[Tensor], scope: SimpleNamespace) -> Run:
+    """Results, inputs, parameters, buffers and gradients after one call and a backward."""
+    with torch.no_grad():
+        scope.P.copy_(scope.P0)
+    torch.manual_seed(0)
+    outputs = list(call(module, *args))
+    state = [tensor for _, tensor in sorted([*module.named_parameters(), *module.named_buffers()]) if tensor is not scope.P]
+    differentiable = [t for t in outputs if t.requires_grad]
+    if differentiable:
+        torch.autograd.backward(differentiable, values_of(differentiable))
+    gradients = [torch.zeros(1) if t.grad is None else t.grad for t in (*args, *state)]
+    return Run(outputs, [*outputs, *args, *state, *gradients], streams())
+
+
+CHECKS = {"compiled": check_compiled, "recorded": check_recorded, "trained": check_trained, "of_modules": check_modules}
