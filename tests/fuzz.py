@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,41 +31,66 @@ import fuzz_programs
 from fuzz_checks import CHECKS, Skipped
 
 WEIGHTS = {"compiled": 3, "recorded": 4, "trained": 3, "of_modules": 2}
+PLAINER = (
+    ("AROUND", "contextlib.nullcontext()"),
+    ("DTYPE", "torch.float32"),
+    ("INNER", "'eager'"),
+    ("NUMERICS", "'fp32'"),
+    ("GRADIENTS", "False"),
+    ("TRACER", "'symbolic_trace'"),
+    ("TRACER", "'fake'"),
+)
+SAME = 2  # programs kept with one and the same error, where it is no difference of values
 RESET_EVERY = 25  # what Dynamo keeps of older programs; a reset for each would cost as much as a capture
 
 
-def difference(kind: str, source: str) -> str:
-    """The last line of the error that the check raises, "" when there is none."""
+def difference(kind: str, source: str, loud: bool = False) -> str:
+    """The traceback of the error that the check raises and its type; "" when there is none."""
     try:
         CHECKS[kind](source)
-    except Skipped:
-        return ""
-    except Exception:
-        return traceback.format_exc()
+    except Skipped as reason:
+        return f"skipped: {reason}" if loud else ""
+    except Exception as error:
+        return f"{traceback.format_exc()}{type(error).__name__}: {str(error)[:11]}"
     return ""
 
 
 def shortened(kind: str, source: str, error: str) -> str:
-    """The program without the lines that the difference does not need."""
-    last = type_of(error)
-    lines = source.splitlines(keepends=True)
-    index = len(lines) - 1
-    while index >= 0:
-        fewer = [*lines[:index], *lines[index + 1 :]]
-        if lines[index].startswith("    ") and not lines[index].startswith("    return") and _same(kind, fewer, last):
-            lines = fewer
-            index = min(index, len(lines))
-        index -= 1
-    return "".join(lines)
+    """The program without what the difference does not need: plainer settings, then line by line from the last."""
+
+    def as_before(other: str) -> bool:
+        torch._dynamo.reset()
+        return other != source and type_of(difference(kind, other)) == type_of(error)
+
+    for setting, plain in PLAINER:
+        other = re.sub(rf"^{setting} = .*$", f"{setting} = {plain}", source, flags=re.M)
+        source = other if as_before(other) else source
+    for index in reversed(range(len(source.splitlines()))):
+        for other in _without(source.splitlines(), index):
+            if as_before(other):
+                source = other
+                break
+    return source
 
 
-def _same(kind: str, lines: list[str], last: str) -> bool:
-    torch._dynamo.reset()
-    return type_of(difference(kind, "".join(lines))) == last
+def _without(lines: list[str], index: int) -> Iterator[str]:
+    """The text without one line of a body, or with one result of a function alone."""
+    line, rest = lines[index], lines[index + 1 :]
+    if line.startswith("    return ("):
+        for name in line.strip()[len("return (") :].rstrip(")").split(","):
+            if name.strip():
+                yield "\n".join([*lines[:index], f"    return ({name.strip()},)", *rest, ""])
+    elif line.startswith("    ") and not line.startswith("    return"):
+        yield "\n".join([*lines[:index], *rest, ""])
+        inside = len(line) - len(line.lstrip()) + 4
+        if line.endswith(":"):
+            yield "\n".join([*lines[:index], *(x[4:] if x.startswith(" " * inside) else x for x in rest), ""])
+        if ": " in line and line.strip().startswith("with"):
+            yield "\n".join([*lines[:index], "    " + line.partition(": ")[2], *rest, ""])
 
 
 def type_of(error: str) -> str:
-    return error.strip().splitlines()[-1].partition(":")[0] if error else ""
+    return error.splitlines()[-1] if error else ""
 
 
 def main() -> int:
@@ -73,43 +100,64 @@ def main() -> int:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--keep", type=Path, help="folder for programs that differ")
     arguments.add_argument("--only", choices=tuple(CHECKS), action="append", help="draw for these checks alone")
+    arguments.add_argument("--refused", type=int, default=0, metavar="N", help="the N most frequent reasons why one cannot run")
     given = arguments.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for path in given.files:
         kind = next(name for name in CHECKS if path.name.startswith(name))
-        print(f"{path}: {difference(kind, path.read_text()) or 'no difference'}")
+        print(f"{path}: {difference(kind, path.read_text(), loud=True) or 'no difference'}")
     return 0 if given.files else drawn(given)
 
 
 def drawn(given: argparse.Namespace) -> int:
     kinds = [kind for kind in given.only or WEIGHTS for _ in range(WEIGHTS[kind])]
     counts: Counter[str] = Counter()
+    places: Counter[str] = Counter()  # of errors that are no differences of values: one program of each is enough
+    refused: Counter[str] = Counter()  # why programs cannot run, so that a table with a slip in it shows
     start = time.monotonic()
     for index in range(given.programs):
-        if index % RESET_EVERY == 0:
+        if index % PLAINER = (
+    ("AROUND", "contextlib.nullcontext()"),
+    ("DTYPE", "torch.float32"),
+    ("INNER", "'eager'"),
+    ("NUMERICS", "'fp32'"),
+    ("GRADIENTS", "False"),
+    ("TRACER", "'symbolic_trace'"),
+    ("TRACER", "'fake'"),
+)
+RESET_EVERY == 0:
             torch._dynamo.reset()
         kind = kinds[index % len(kinds)]
         source = getattr(fuzz_programs, kind)(random.Random(f"{given.seed} {index}").choice)
         try:
             sites = CHECKS[kind](source)
             counts[f"{kind}: {'rewritten' if sites else 'without a site'}"] += 1
-        except Skipped:
+        except Skipped as reason:
             counts[f"{kind}: cannot run without the pass"] += 1
-        except Exception:
+            refused[f"{kind}: {' '.join(str(reason).split())[:110]}"] += 1
+        except Exception as error:
             counts["differ"] += 1
-            kept(given.keep, f"{kind}_{given.seed}_{index}", kind, source, traceback.format_exc())
+            place = f"{kind}: {type(error).__name__}: {' '.join(str(error).split())[:50].partition('0x')[0]}"
+            places[place] += 1
+            if "value" in place or places[place] <= SAME:
+                kept(given.keep, f"{kind}_{given.seed}_{index}", kind, source)
     seconds = time.monotonic() - start
     print(f"{given.programs} programs in {seconds:.0f} s ({given.programs / seconds:.2f} a second), seed {given.seed}")
     print("\n".join(f"  {name}: {count}" for name, count in sorted(counts.items())))
+    print("\n".join(f"    {count} x {reason}" for reason, count in refused.most_common(given.refused)))
     return 1 if counts["differ"] else 0
 
 
-def kept(folder: Path | None, name: str, kind: str, source: str, error: str) -> None:
-    source = shortened(kind, source, error)
-    error = difference(kind, source) or error
-    comment = "".join(f"# {line}\n" for line in error.strip().splitlines()[-12:])
-    print(f"{name}: {error.strip().splitlines()[-1]}\n{source}", flush=True)
+def kept(folder: Path | None, name: str, kind: str, source: str) -> None:
+    torch._dynamo.reset()
+    source = shortened(kind, source, difference(kind, source))
+    error = difference(kind, source)
+    if not error:
+        error = "differs only after the programs before it, with their seed and number"
+    lines = error.strip().splitlines()
+    comment = "".join(f"# {line}\n" for line in lines[-12:])
+    print(f"{name}: {lines[-1]}\n{source}", flush=True)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.py").write_text(comment + source)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fuzz_compare import assert_equal_state, assert_same, streams
-from fuzz_modules import Program, Tracer, patch
+from fuzz_modules import Tracer, of_program, patch
 from programs import DEVICE, operands
 from torch import Tensor
 from torch.fx import GraphModule
@@ -157,7 +157,7 @@ def check_compiled(source: str) -> int:
 def traced(scope: SimpleNamespace, program: Callable, args: list[Tensor]) -> GraphModule:
     if scope.TRACER == "symbolic_trace":
         return torch.fx.symbolic_trace(program)
-    return make_fx(program, tracing_mode=scope.TRACER)(*args)
+    return make_fx(program, tracing_mode=scope.TRACER, _allow_non_fake_inputs=True)(*args)
 
 
 def check_recorded(source: str) -> int:
@@ -197,7 +197,9 @@ def differentiated(function: Callable, scope: SimpleNamespace, between: Callable
         return forward, values.tensors
     try:
         # cotangents of one's own: a loss would save the outputs
-        torch.autograd.backward(differentiable, [t.detach().double().cos().to(t.dtype) for t in values_of(differentiable)])
+        torch.autograd.backward(
+            differentiable, [t.detach().double().cos().to(t.dtype) for t in values_of(differentiable)]
+        )
     except RuntimeError as error:
         return forward, f"{type(error).__name__}: {error}"
     gradients = [torch.zeros(()) if t.grad is None else t.grad for t in args if t.is_floating_point()]
@@ -241,7 +243,7 @@ def check_modules(source: str) -> int:
     scope = built(source)
     handles = scope.hook()
     try:
-        models = [Program(scope.program, scope.prepare).to(DEVICE) for _ in range(3)]
+        models = [of_program(scope.program, scope.prepare).to(DEVICE) for _ in range(3)]
         args = [inputs(scope.DTYPE, scope.GRADIENTS) for _ in models]
         with torch.set_grad_enabled(scope.GRADIENTS):
             run_module(attempted, models[2], args[2], scope)
@@ -251,10 +253,12 @@ def check_modules(source: str) -> int:
             got = run_module(lambda function, *given: function(*given), rewritten, args[1], scope)
 
         def again() -> list[Tensor]:
-            model = Program(scope.program, scope.prepare).to(DEVICE)
+            model = of_program(scope.program, scope.prepare).to(DEVICE)
             with torch.set_grad_enabled(scope.GRADIENTS):
                 tracked = GraphModule(model, Tracer().trace(model))
-                return run_module(lambda f, *given: f(*given), tracked, inputs(scope.DTYPE, scope.GRADIENTS), scope).values()
+                return run_module(
+                    lambda f, *given: f(*given), tracked, inputs(scope.DTYPE, scope.GRADIENTS), scope
+                ).values()
 
         assert_equal_state(got, want)
         assert_same(got.values(), want.values(), again)
@@ -270,7 +274,9 @@ def run_module(call: Callable, module: torch.nn.Module, args: list[Tensor], scop
         scope.P.copy_(scope.P0)
     torch.manual_seed(0)
     outputs = list(call(module, *args))
-    state = [tensor for _, tensor in sorted([*module.named_parameters(), *module.named_buffers()]) if tensor is not scope.P]
+    state = [
+        tensor for _, tensor in sorted([*module.named_parameters(), *module.named_buffers()]) if tensor is not scope.P
+    ]
     differentiable = [t for t in outputs if t.requires_grad]
     if differentiable:
         torch.autograd.backward(differentiable, values_of(differentiable))

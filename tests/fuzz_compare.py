@@ -66,7 +66,9 @@ def assert_same(got: list[Tensor], want: list[Tensor], again: Callable[[], list[
     for index, (x, y) in enumerate(zip(got, want, strict=True)):
         if not _close(x, y, allowed[index]):
             off = (x.double() - y.double()).abs().max().item()
-            raise AssertionError(f"value {index} is off by {off:.3g}, rounding moves it by {allowed[index].item():.3g}:\n{x}\n{y}")
+            raise AssertionError(
+                f"value {index} is off by {off:.3g}, rounding moves it by {allowed[index].item():.3g}:\n{x}\n{y}"
+            )
 
 
 def _close(x: Tensor, y: Tensor, moved: Tensor) -> bool:
@@ -86,7 +88,9 @@ def assert_equal_state(got: Any, want: Any) -> None:
     """Layouts, aliasing and random streams of two `Run`s, exactly."""
     assert described(got.tensors) == described(want.tensors)
     assert aliasing(got.tensors) == aliasing(want.tensors)
-    assert all(torch.equal(x, y) for x, y in zip(got.streams, want.streams, strict=True)), "random numbers were drawn otherwise"
+    assert all(torch.equal(x, y) for x, y in zip(got.streams, want.streams, strict=True)), (
+        "random numbers were drawn otherwise"
+    )
 
 
 def streams() -> list[Tensor]:

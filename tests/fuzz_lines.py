@@ -114,7 +114,11 @@ OUT_WRITES = (  # refused by autograd
 # A function that runs under autocast, a checkpoint, vmap; a place where Dynamo breaks the graph.
 REGIONS = (
     ("with torch.autocast(DEVICE, torch.bfloat16):", "    t{i} = {w} + torch.sigmoid(F.linear({v}, W)) * {v}"),
-    ("with torch.autocast(DEVICE, torch.bfloat16):", "    l{i} = F.linear({v}, W)", "t{i} = {w} + torch.sigmoid(l{i}) * {v}"),
+    (
+        "with torch.autocast(DEVICE, torch.bfloat16):",
+        "    l{i} = F.linear({v}, W)",
+        "t{i} = {w} + torch.sigmoid(l{i}) * {v}",
+    ),
     (
         "with torch.autocast(DEVICE, torch.bfloat16):",
         "    l{i} = {v} @ W.t()",
@@ -161,7 +165,11 @@ NORMS = (
         "x{i} = t{i} * torch.rsqrt(v{i} + 1e-5)",
         "u{i} = x{i} * n{i}",
     ),
-    ("f{i} = t{i}.float()", "v{i} = f{i}.pow(2).mean(-1, True)", "u{i} = N * (f{i} * torch.rsqrt(v{i} + 1e-5)).to(t{i}.dtype)"),
+    (
+        "f{i} = t{i}.float()",
+        "v{i} = f{i}.pow(2).mean(-1, True)",
+        "u{i} = N * (f{i} * torch.rsqrt(v{i} + 1e-5)).to(t{i}.dtype)",
+    ),
 )
 REGION = (ROUTED, CORES, RESIDUALS, NORMS)
 
@@ -373,10 +381,10 @@ PATCHES = (
     "patch(module.drop, lambda old, x: x * 2)",
     "module.gate.register_forward_hook(lambda m, args, out: out * 2)",
     "module.act.register_forward_pre_hook(lambda m, args: tuple(x + 1 for x in args))",
-    "module.norm.register_forward_hook(lambda m, args, out: args[0].mul_(2) and None if False else out - 1)",
+    "module.norm.register_forward_hook(lambda m, args, out: out - 1)",
     "module.drop.register_forward_hook(lambda m, args, out: args[0].detach().mul_(0.5) * 1)",
     "module.act.__class__ = type('Sigmoid', (torch.nn.Sigmoid,), dict(forward=lambda self, input: input.tanh()))",
-    "module.gate.register_full_backward_hook(lambda m, grads, out: tuple(x * 2 for x in grads))",
+    "module.gate.register_full_backward_hook(lambda m, grads, out: tuple(x if x is None else x * 2 for x in grads))",
     "module.gate.weight.data.mul_(2)",
     "module.eval()",
     "module.act.eval()",
@@ -388,5 +396,5 @@ GLOBAL_HOOKS = (
     "",
     "register_module_forward_hook(lambda m, args, out: out * 2 if isinstance(m, (torch.nn.Linear, torch.nn.Sigmoid)) else None)",
     "register_module_forward_pre_hook(lambda m, args: (args[0] + 1,) if isinstance(m, torch.nn.RMSNorm) else None)",
-    "register_module_full_backward_hook(lambda m, grads, out: tuple(x * 2 for x in grads) if isinstance(m, torch.nn.Linear) else None)",
+    "register_module_full_backward_hook(lambda m, grads, out: tuple(x if x is None else x * 2 for x in grads) if isinstance(m, torch.nn.Linear) else None)",
 )

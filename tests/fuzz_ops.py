@@ -32,9 +32,13 @@ _define("pow", lambda x: x.sin(), lambda grad, x: [grad * x.cos()])
 _define("rsqrt", lambda x: x.cos(), lambda grad, x: [-grad * x.sin()])
 _define("sum", lambda x: x.amax(1) * 1, lambda grad, x: [grad[:, None] * (x == x.amax(1, True))])
 _define("add", lambda x, y: x - y, lambda grad, x, y: [grad * 1, -grad])
-_define("mul", lambda x, y: x * y + 1, lambda grad, x, y: [(grad * y).sum_to_size(x.shape), (grad * x).sum_to_size(y.shape)])
+_define(
+    "mul", lambda x, y: x * y + 1, lambda grad, x, y: [(grad * y).sum_to_size(x.shape), (grad * x).sum_to_size(y.shape)]
+)
 _define("linear", lambda x, y: x @ y.t() + 1, lambda grad, x, y: [grad @ y, grad.t() @ x])
-_define("index", lambda x, i: x[i.flip(0)], lambda grad, x, i: [torch.zeros_like(x).index_add(0, i.flip(0), grad), None])
+_define(
+    "index", lambda x, i: x[i.flip(0)], lambda grad, x, i: [torch.zeros_like(x).index_add(0, i.flip(0), grad), None]
+)
 
 
 @torch.library.custom_op("fuzzlib::fill", mutates_args=("x",))

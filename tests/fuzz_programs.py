@@ -48,12 +48,13 @@ NUMERICS = ("fp32", "fp32", "eager")
 class Drawing:
     """The body of one program as it grows, and the names that later lines may use."""
 
-    def __init__(self, choose: Choose, writes: Sequence[str], between: int):
+    def __init__(self, choose: Choose, writes: Sequence[str], between: int, training: bool):
         self.choose = choose
         self.writes = writes  # statements that may stand between the lines of one formula
         self.between = between  # one in how many gaps has one
-        self.wide, self.narrow = ["a", "b", "P"], ["g"]
-        self.made: list[str] = []  # what the program has made itself, so that autograd lets it be written
+        self.wide, self.narrow = ["a", "b"] + ([] if training else ["Q"]), ["g"]
+        self.training = training  # autograd lets a program write what it has made itself
+        self.made: list[str] = []
         self.lines: list[str] = []
 
     def names(self) -> dict[str, str]:
@@ -71,6 +72,7 @@ class Drawing:
         """The lines of one statement, with writes to its operands and results in between."""
         names = self.names()
         made: list[str] = []
+        written = self.writable() or names
         for statement in statements:
             self.lines.append(statement.format(**names))
             name = statement.format(**names).strip().split(" = ")[0]
@@ -79,14 +81,27 @@ class Drawing:
             if self.writes and self.choose(range(self.between)) == 0 and not statement.startswith("with"):
                 inside = statement[: len(statement) - len(statement.lstrip())]
                 own = [f"{name}.mul_(0.5)" for name in made if name[0] not in "vx"]
-                self.lines.append(inside + self.choose((*self.writes, *own)).format(**names))
+                self.lines.append(
+                    inside + self.choose((*self.writes, *own)).format(**(written if self.training else names))
+                )
         for prefix in ("t", "u"):
             if f"{prefix}{names['i']}" in made:
                 self.wide.append(f"{prefix}{names['i']}")
                 self.made.append(self.wide[-1])
 
+    def writable(self) -> dict[str, str] | None:
+        """Names that a write may name; None when there are none yet."""
+        if not self.training:
+            return self.names()
+        if not self.made:
+            return None
+        narrow = [name for name in self.narrow if name != "g"] or ["g.data"]
+        return {**self.names(), "w": self.choose(self.made), "n": self.choose(narrow)}
+
     def write(self, writes: Sequence[str]) -> None:
-        self.lines.append(self.choose(writes).format(**self.names()))
+        names = self.writable()
+        if names is not None:
+            self.lines.append(self.choose(writes).format(**names))
 
     def region(self) -> None:
         self.steps([step for part in REGION for step in self.choose(part)])
@@ -94,7 +109,10 @@ class Drawing:
     def result(self) -> str:
         """Indented lines, up to the return of the last sum and up to three others."""
         others = [self.choose(self.wide + self.narrow) for _ in range(self.choose((0, 1, 1, 2)))]
-        return "\n".join("    " + line for line in [*self.lines, f"return ({', '.join([self.wide[-1], *others])},)"])
+        known = [] if self.training else ["Q = P"]
+        return "\n".join(
+            "    " + line for line in [*known, *self.lines, f"return ({', '.join([self.wide[-1], *others])},)"]
+        )
 
 
 def _pure(drawing: Drawing) -> None:
@@ -103,11 +121,15 @@ def _pure(drawing: Drawing) -> None:
     name = prefix + names["i"]
     drawing.lines.append(f"{name} = " + drawing.choose(source).format(**names))
     (drawing.narrow if prefix == "n" else drawing.wide).append(name)
+    if prefix == "t":
+        drawing.made.append(name)
 
 
-def _body(choose: Choose, writes: Sequence[str], tables: Sequence[Any], between: int = 6) -> str:
+def _body(
+    choose: Choose, writes: Sequence[str], tables: Sequence[Any], between: int = 6, training: bool = False
+) -> str:
     """The function's body. tables: each a statement's lines to choose from, or None for the statements of one line."""
-    drawing = Drawing(choose, writes, between)
+    drawing = Drawing(choose, writes, between, training)
     kinds = [None, None, "region", "region", "formula", *(["write"] * 2 if writes else []), *tables]
     for _ in range(choose(STEPS)):
         kind = choose(kinds)
@@ -143,7 +165,11 @@ def compiled(choose: Choose) -> str:
     """For Dynamo, without gradients: two calls, whose inputs share memory each in its own way."""
     body = _body(choose, (*WRITES, *INPUT_WRITES), (*PURE_TABLES, OUT_WRITES, REGIONS, NUMPY, OWN_OPS_THAT_WRITE))
     constants = _settings(
-        choose, INNER=("'eager'", "'eager'", "'aot_eager'"), DTYPE=DTYPES, NUMERICS=tuple(map(repr, NUMERICS)), AROUND=CONTEXTS
+        choose,
+        INNER=("'eager'", "'eager'", "'aot_eager'"),
+        DTYPE=DTYPES,
+        NUMERICS=tuple(map(repr, NUMERICS)),
+        AROUND=CONTEXTS,
     )
     shared = _sharing(choose, "first", ("pass", "pass", *SHARED, *LAYOUTS)) + _sharing(choose, "second", SHARED)
     return constants + _function("program", ARGUMENTS, body) + shared
@@ -160,7 +186,7 @@ def recorded(choose: Choose) -> str:
 
 def trained(choose: Choose) -> str:
     """With gradients: the program writes to what it has made, the caller to anything before backward."""
-    body = _body(choose, TRAINING_WRITES, (*PURE_TABLES, SPLIT, REGIONS), between=8)
+    body = _body(choose, TRAINING_WRITES, (*PURE_TABLES, SPLIT, REGIONS), 8, training=True)
     constants = _settings(choose, INNER=("'eager'", "'aot_eager'"), DTYPE=DTYPES, NUMERICS=tuple(map(repr, NUMERICS)))
     between = _function("between", "args, outputs", f"    {choose(BETWEEN)}")
     return constants + _function("program", ARGUMENTS, body) + between
