@@ -24,13 +24,15 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "0")  # ATen's way on a CPU, as users have it; the suite interprets the kernels
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "0"
+    )  # ATen's way on a CPU, as users have it; the suite interprets the kernels
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 import fuzz_programs
 from fuzz_checks import CHECKS, Skipped
 
-WEIGHTS = {"compiled": 3, "recorded": 4, "trained": 3, "of_modules": 2}
+WEIGHTS = {"compiled": 3, "recorded": 4, "trained": 3, "of_modules": 2, "fused": 1}
 PLAINER = (
     ("AROUND", "contextlib.nullcontext()"),
     ("DTYPE", "torch.float32"),
@@ -95,12 +97,16 @@ def type_of(error: str) -> str:
 
 def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("files", nargs="*", type=Path, help="programs to run again; the name begins with the check's")
+    arguments.add_argument(
+        "files", nargs="*", type=Path, help="programs to run again; the name begins with the check's"
+    )
     arguments.add_argument("--programs", type=int, default=1000, help="how many to draw")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--keep", type=Path, help="folder for programs that differ")
     arguments.add_argument("--only", choices=tuple(CHECKS), action="append", help="draw for these checks alone")
-    arguments.add_argument("--refused", type=int, default=0, metavar="N", help="the N most frequent reasons why one cannot run")
+    arguments.add_argument(
+        "--refused", type=int, default=0, metavar="N", help="print the N most frequent reasons to skip"
+    )
     given = arguments.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -117,16 +123,7 @@ def drawn(given: argparse.Namespace) -> int:
     refused: Counter[str] = Counter()  # why programs cannot run, so that a table with a slip in it shows
     start = time.monotonic()
     for index in range(given.programs):
-        if index % PLAINER = (
-    ("AROUND", "contextlib.nullcontext()"),
-    ("DTYPE", "torch.float32"),
-    ("INNER", "'eager'"),
-    ("NUMERICS", "'fp32'"),
-    ("GRADIENTS", "False"),
-    ("TRACER", "'symbolic_trace'"),
-    ("TRACER", "'fake'"),
-)
-RESET_EVERY == 0:
+        if index % RESET_EVERY == 0:
             torch._dynamo.reset()
         kind = kinds[index % len(kinds)]
         source = getattr(fuzz_programs, kind)(random.Random(f"{given.seed} {index}").choice)

@@ -60,6 +60,7 @@ def built(source: str) -> SimpleNamespace:
         "setitem": operator.setitem,
         "iadd": operator.iadd,
         "patch": patch,
+        "doubled": lambda grads: tuple(x if x is None else x * 2 for x in grads),
         "DEVICE": DEVICE,
         "register_module_forward_hook": torch.nn.modules.module.register_module_forward_hook,
         "register_module_forward_pre_hook": torch.nn.modules.module.register_module_forward_pre_hook,
@@ -131,6 +132,21 @@ def with_the_pass(both: Both):
         both.fused = False
     if both.error is not None:
         raise both.error
+
+
+def check_fused(source: str) -> int:
+    scope = built(source)
+    plain = torch.compile(scope.program, backend=scope.INNER)
+    options = {"inner": scope.INNER, "numerics": scope.NUMERICS, "verify": False, "profitable_only": False}
+    fused = fusionpass.fuse(scope.program, **options)
+    with fusionpass.collect() as report:
+        for share in (scope.first, scope.second):
+            want = attempted(called, plain, share, scope)
+            wanted = [t.clone() if t is scope.P else t for t in want.values()]
+            got = called(fused, share, scope)
+            assert_equal_state(got, want)
+            assert_same(got.values(), wanted, lambda share=share: called(scope.program, share, scope).values())
+    return len(report.rewrites)
 
 
 def check_compiled(source: str) -> int:
@@ -284,4 +300,10 @@ def run_module(call: Callable, module: torch.nn.Module, args: list[Tensor], scop
     return Run(outputs, [*outputs, *args, *state, *gradients], streams())
 
 
-CHECKS = {"compiled": check_compiled, "recorded": check_recorded, "trained": check_trained, "of_modules": check_modules}
+CHECKS = {
+    "fused": check_fused,
+    "compiled": check_compiled,
+    "recorded": check_recorded,
+    "trained": check_trained,
+    "of_modules": check_modules,
+}

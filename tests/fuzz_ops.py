@@ -1,4 +1,4 @@
-"""Ops of a user's own that bear the names of torch's, for random programs to call: a name says nothing of what is computed."""
+"""Ops of a user's own that bear the names of torch's: a name says nothing of what is computed."""
 
 from __future__ import annotations
 

@@ -175,6 +175,9 @@ def compiled(choose: Choose) -> str:
     return constants + _function("program", ARGUMENTS, body) + shared
 
 
+fused = compiled  # by `fuse` itself, against the same inner compiler by itself
+
+
 def recorded(choose: Choose) -> str:
     """For a graph that a tracer has recorded and that runs as it is: the graph unrewritten is the truth."""
     body = _body(choose, (*WRITES, *INPUT_WRITES), (*PURE_TABLES, OUT_WRITES, REGIONS, OWN_OPS_THAT_WRITE))

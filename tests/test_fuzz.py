@@ -6,14 +6,12 @@ all differences of a run and not the first alone: `tests/fuzz.py`.
 """
 
 import fuzz_programs
-import pytest
 import torch
-from fuzz_checks import CHECKS, Skipped, attempted, built, called
-from fuzz_compare import assert_equal_state, assert_same
+from fuzz_checks import CHECKS, Skipped
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
-import fusionpass
+FEW = settings(max_examples=max(1, settings().max_examples // 4))  # two captures each, and `compiled` draws the same
 
 
 @st.composite
@@ -32,6 +30,13 @@ def checked(kind: str, source: str) -> None:
 @given(programs("compiled"))
 def test_compiled(source):
     checked("compiled", source)
+
+
+@FEW
+@given(programs("fused"))
+def test_fused(source):
+    torch._dynamo.reset()
+    checked("fused", source)
 
 
 @given(programs("recorded"))
