@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
     )  # ATen's way on a CPU, as users have it; the suite interprets the kernels
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import fuzz_programs
-from fuzz_checks import CHECKS, Skipped
+import fuzz_programs  # noqa: E402
+from fuzz_checks import CHECKS, Skipped  # noqa: E402
 
 WEIGHTS = {"compiled": 3, "recorded": 4, "trained": 3, "of_modules": 2, "fused": 1}
 PLAINER = (
