@@ -87,6 +87,10 @@ def _without(lines: list[str], index: int) -> Iterator[str]:
         inside = len(line) - len(line.lstrip()) + 4
         if line.endswith(":"):
             yield "\n".join([*lines[:index], *(x[4:] if x.startswith(" " * inside) else x for x in rest), ""])
+        name, equals, value = line.strip().partition(" = ")
+        if equals and name.isidentifier() and value not in ("a", "g", "P"):
+            for simpler in ("a", "g"):
+                yield "\n".join([*lines[:index], f"    {name} = {simpler}", *rest, ""])
         if ": " in line and line.strip().startswith("with"):
             yield "\n".join([*lines[:index], "    " + line.partition(": ")[2], *rest, ""])
 

@@ -197,7 +197,7 @@ def trained(choose: Choose) -> str:
 
 def of_modules(choose: Choose) -> str:
     """A module with leaf modules for symbolic_trace, some of them patched, hooked or with a state of their own."""
-    leaf_table = [(line,) for line in LEAF_LINES]
+    leaf_table = [line.split("; ") for line in LEAF_LINES]
     body = _body(choose, (), (leaf_table,) * 6)
     lines = "\n".join("    " + line for line in (choose(PATCHES), choose(PATCHES)))
     hook = choose(GLOBAL_HOOKS)
