@@ -95,7 +95,7 @@ class Drawing:
             return self.names()
         if not self.made:
             return None
-        narrow = [name for name in self.narrow if name != "g"] or ["g.data"]
+        narrow = [name for name in self.narrow if name != "g"] or ["(g * 1)"]
         return {**self.names(), "w": self.choose(self.made), "n": self.choose(narrow)}
 
     def write(self, writes: Sequence[str]) -> None:
