@@ -277,19 +277,17 @@ def check_modules(source: str) -> int:
         models = [of_program(scope.program, scope.prepare).to(DEVICE) for _ in range(3)]
         args = [inputs(scope.DTYPE, scope.GRADIENTS) for _ in models]
         with torch.set_grad_enabled(scope.GRADIENTS):
-            run_module(attempted, models[2], args[2], scope)
+            attempted(run_module, models[2], args[2], scope)
             plain, graph = (GraphModule(model, attempted(Tracer().trace, model)) for model in models[:2])
             rewritten, report = fusionpass.rewrite(graph, inputs(scope.DTYPE), numerics=scope.NUMERICS, verify=False)
-            want = attempted(run_module, lambda function, *given: function(*given), plain, args[0], scope)
-            got = run_module(lambda function, *given: function(*given), rewritten, args[1], scope)
+            want = attempted(run_module, plain, args[0], scope)
+            got = run_module(rewritten, args[1], scope)
 
         def again() -> list[Tensor]:
             model = of_program(scope.program, scope.prepare).to(DEVICE)
             with torch.set_grad_enabled(scope.GRADIENTS):
                 tracked = GraphModule(model, Tracer().trace(model))
-                return run_module(
-                    lambda f, *given: f(*given), tracked, inputs(scope.DTYPE, scope.GRADIENTS), scope
-                ).values()
+                return run_module(tracked, inputs(scope.DTYPE, scope.GRADIENTS), scope).values()
 
         assert_equal_state(got, want)
         assert_same(got.values(), want.values(), again)
@@ -299,12 +297,12 @@ def check_modules(source: str) -> int:
     return len(report.rewrites)
 
 
-def run_module(call: Callable, module: torch.nn.Module, args: list[Tensor], scope: SimpleNamespace) -> Run:
+def run_module(module: torch.nn.Module, args: list[Tensor], scope: SimpleNamespace) -> Run:
     """Results, inputs, parameters, buffers and gradients after one call and a backward."""
     with torch.no_grad():
         scope.P.copy_(scope.P0)
     torch.manual_seed(0)
-    outputs = list(call(module, *args))
+    outputs = list(module(*args))
     state = [
         tensor for _, tensor in sorted([*module.named_parameters(), *module.named_buffers()]) if tensor is not scope.P
     ]
