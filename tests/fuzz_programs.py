@@ -78,7 +78,7 @@ class Drawing:
             name = statement.format(**names).strip().split(" = ")[0]
             if name.isidentifier():
                 made.append(name)
-            if self.writes and self.choose(range(self.between)) == 0 and not statement.startswith("with"):
+            if self.writes and self.choose(range(self.between)) == 0 and not statement.endswith(":"):
                 inside = statement[: len(statement) - len(statement.lstrip())]
                 own = [f"{name}.mul_(0.5)" for name in made if name[0] not in "vx"]
                 self.lines.append(
