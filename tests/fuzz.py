@@ -10,6 +10,7 @@ A program that differs is made shorter, line by line, and written to the folder.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import re
@@ -114,6 +115,8 @@ def main() -> int:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    logging.getLogger("fusionpass").setLevel(logging.ERROR)  # a program without a site is no news here
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
     for path in given.files:
         kind = next(name for name in CHECKS if path.name.startswith(name))
         print(f"{path}: {difference(kind, path.read_text(), loud=True) or 'no difference'}")

@@ -11,7 +11,10 @@ from fuzz_checks import CHECKS, Skipped
 from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 
-FEW = settings(max_examples=max(1, settings().max_examples // 4))  # two captures each, and `compiled` draws the same
+
+def part(share: float) -> settings:
+    """Of the programs asked for, so that no check takes much longer than the others."""
+    return settings(max_examples=max(1, int(settings().max_examples * share)))
 
 
 @st.composite
@@ -27,12 +30,13 @@ def checked(kind: str, source: str) -> None:
         event("cannot run without the pass")
 
 
+@part(0.75)
 @given(programs("compiled"))
 def test_compiled(source):
     checked("compiled", source)
 
 
-@FEW
+@part(0.15)  # each by two captures; `compiled` draws the same ones
 @given(programs("fused"))
 def test_fused(source):
     torch._dynamo.reset()
@@ -44,6 +48,7 @@ def test_recorded(source):
     checked("recorded", source)
 
 
+@part(0.75)
 @given(programs("trained"))
 def test_trained(source):
     checked("trained", source)
