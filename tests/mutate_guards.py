@@ -1,7 +1,9 @@
-"""Mutation testing of the guards: with any one refusal taken out, at least one test must fail.
+"""Mutation testing of the guards: with a refusal taken out, or an answer about writes turned, a test must fail.
 
-    python tests/mutate_guards.py                 every refusal of the package, about 20 minutes on two cores
-    python tests/mutate_guards.py --only stages   those whose place holds the text
+    python tests/mutate_guards.py                   every mutant of the package, about half an hour on two cores
+    python tests/mutate_guards.py --only stages     those whose place (file, line, function, code) holds the text
+    python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
+    python tests/mutate_guards.py --list            their places alone
 
 Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
 """
@@ -10,13 +12,16 @@ import argparse
 import ast
 import contextlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -27,44 +32,145 @@ import triton  # noqa: F401  imported before the fork, once for all mutants
 from torch.fx.experimental import proxy_tensor  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [ROOT / "fusionpass" / name for name in ("guards.py", "pattern.py", "verify.py", "cost.py", "engine.py")]
-FILES += sorted((ROOT / "fusionpass" / "stages").glob("*.py"))
-# Tables first, the mutant's own in front; what they let through meets the slower ones.
+# Modules that say what a node writes and whose memory it is: their answers are mutated, besides the refusals of any module.
+ANSWERS = re.compile("effects|writes|writer|pure|purity|memory|alias|hooks")
+# A question by one of these names is answered wrongly by yes, any other by no.
+YES_IS_WRONG = re.compile("pure|plain|known|same|owned|identity|equal|torchs_own")
+# Tables first, those that name the mutant's code in front; what they let through meets the slower ones, and all others last.
 TESTS = "guards spellings traps contexts stages rewrite cost region backend direct fuse places".split()
-OWN = {"stages": ("guards", "stages", "region"), "cost.py": ("cost",)}
+# Never of use against a mutant: they ask the kernels, the command line, whole models, or cost more than they would find.
+NOT = "ops ops_backward ops_layouts bench bench_model cli packaging examples hugging_face models scaling fuzz".split()
+NOT += "inductor ahead_of_time compiles targets no_formula render".split()
+OWN = {"stages": ("guards", "stages", "region"), "cost.py": ("cost",), "effects": ("traps",), "writes": ("traps",)}
 # That every code of the source is documented, and no other, would fail for each mutant and say nothing of the guard.
 OPTIONS = ("-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "--deselect")
 OPTIONS += ("tests/test_spellings.py::test_every_code_is_documented",)
 
 
-def mutants(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, source) with one refusal taken out: the statement that gives it does nothing."""
-    source = path.read_text()
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Return | ast.Assign) or node.value is None:
+class Mutant(NamedTuple):
+    """One change to one file of the package."""
+
+    path: str  # from the root
+    line: int
+    what: str  # the function and what was done to it
+    code: str  # of the refusal taken out, "" for an answer
+    source: str  # the file as changed
+    around: range  # the lines of the function it is in
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{self.line} {self.what}"
+
+
+def mutants() -> Iterator[Mutant]:
+    for path in sorted((ROOT / "fusionpass").rglob("*.py")):
+        source = path.read_text()
+        if "Refusal(" in source and path.name != "match.py":
+            yield from refusals(path, source)
+        if ANSWERS.search(path.stem):
+            yield from answers(path, source)
+
+
+def refusals(path: Path, source: str) -> Iterator[Mutant]:
+    """With one refusal taken out: the statement that gives it does nothing."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Return | ast.Assign | ast.Expr) or node.value is None:
             continue
-        refusals = [
-            call
-            for call in ast.walk(node.value)
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Refusal"
+        found = [
+            call for call in ast.walk(node.value) if isinstance(call, ast.Call) and name_of(call.func) == "Refusal"
         ]
-        if not refusals:
+        if not found:
             continue
-        code = refusals[0].args[0].value if isinstance(refusals[0].args[0], ast.Constant) else "code"
-        indent = " " * node.col_offset
-        changed = [*lines[: node.lineno - 1], f"{indent}pass\n", *lines[node.end_lineno :]]
-        yield f"{path.relative_to(ROOT)}:{node.lineno} {code}", "".join(changed)
+        code = found[0].args[0].value if isinstance(found[0].args[0], ast.Constant) else ""
+        # A name that had no value before gets none; in `refusal = refusal or Refusal(...)` it keeps its own.
+        fresh = isinstance(node, ast.Assign) and not isinstance(node.value, ast.BoolOp)
+        instead = f"{ast.unparse(node.targets[0])} = None" if fresh else "pass"
+        yield mutant(path, source, tree, node, instead, f"{{}} without {code or 'a refusal'}", code)
 
 
-def killed_by(place: str, source: str) -> str:
+def answers(path: Path, source: str) -> Iterator[Mutant]:
+    """With one answer of a function turned to the one that lets a rewrite through, or with one table of names empty."""
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.returns is None:
+            continue
+        harmless = harmless_answer(function.name, ast.unparse(function.returns))
+        if harmless is None:
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != harmless:
+                yield mutant(path, source, tree, node, f"return {harmless}", f"{{}} returns {harmless}", "")
+    for node in tree.body:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and name_of(node.value.func) == "frozenset"
+        ):
+            name = ast.unparse(node.targets[0])
+            yield mutant(path, source, tree, node, f"{name} = frozenset()", f"{name} is empty", "")
+
+
+def harmless_answer(name: str, returns: str) -> str | None:
+    """What stands for "nothing is written here"; None for a function that answers no such question."""
+    if returns == "bool":
+        return str(bool(YES_IS_WRONG.search(name)))
+    if returns.endswith("| None"):
+        return "None"
+    if re.match(r"tuple\[.*, bool\]$", returns):
+        return "((), False)"
+    if re.match(r"(list|Sequence|Iterable)\[Node\]$", returns):
+        return "[]"
+    return None
+
+
+def name_of(node: ast.expr) -> str:
+    return getattr(node, "id", getattr(node, "attr", ""))
+
+
+def mutant(path: Path, source: str, tree: ast.Module, node: ast.stmt, instead: str, what: str, code: str) -> Mutant:
+    lines = source.splitlines(keepends=True)
+    changed = [*lines[: node.lineno - 1], f"{' ' * node.col_offset}{instead}\n", *lines[node.end_lineno :]]
+    functions = [
+        f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) and f.lineno <= node.lineno <= f.end_lineno
+    ]
+    inner = max(functions, key=lambda function: function.lineno) if functions else node
+    around = range(inner.lineno, inner.end_lineno + 1)
+    what = what.format(getattr(inner, "name", "module"))
+    return Mutant(str(path.relative_to(ROOT)), node.lineno, what, code, "".join(changed), around)
+
+
+def changed_lines(revision: str) -> dict[str, set[int]]:
+    """The lines of each file of the package that are other than at a git revision."""
+    command = ["git", "diff", "--unified=0", "--no-color", revision, "--", "fusionpass"]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    found: dict[str, set[int]] = {}
+    for line in text.splitlines():
+        if line.startswith("+++ "):
+            lines = found.setdefault(line.removeprefix("+++ b/"), set())
+        elif hunk := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            start, count = int(hunk[1]), int(hunk[2] or 1)
+            lines.update(range(start, start + max(count, 1)))
+    return found
+
+
+def files_for(one: Mutant) -> list[str]:
+    """Test files, those most likely to fail first."""
+    present = {path.stem.removeprefix("test_"): path for path in sorted((ROOT / "tests").glob("test_*.py"))}
+    named = [name for name, path in present.items() if one.code and f'"{one.code}"' in path.read_text()]
+    own = [name for part, names in OWN.items() if part in one.path for name in names]
+    order = dict.fromkeys([*(n for n in [*own, *named] if n not in NOT), *TESTS, *(n for n in present if n not in NOT)])
+    return [f"tests/test_{name}.py" for name in order if name in present]
+
+
+def killed_by(one: Mutant) -> str:
     """The test that failed with this mutant, "" when none did."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("fusionpass", "kernels", "tests"):
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        (copy / place.partition(":")[0]).write_text(source)
+        (copy / one.path).write_text(one.source)
         log = copy / "log"
         child = os.fork()
         if child == 0:
@@ -73,11 +179,9 @@ def killed_by(place: str, source: str) -> str:
                 os.dup2(stream.fileno(), 2)
                 os.chdir(copy)
                 sys.path[:0] = [str(copy), str(copy / "tests")]
-                own = [name for part, names in OWN.items() if part in place for name in names]
-                files = [f"tests/test_{name}.py" for name in dict.fromkeys([*own, *TESTS])]
                 status = 1
                 with contextlib.suppress(BaseException):
-                    status = pytest.main([*OPTIONS, *files])
+                    status = pytest.main([*OPTIONS, *files_for(one)])
                 sys.stdout.flush()
                 os._exit(int(status))
         _, status = os.waitpid(child, 0)
@@ -91,17 +195,27 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--only", default="", help="mutants whose place holds this text")
     arguments.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    arguments.add_argument(
+        "--changed", nargs="?", const="HEAD", metavar="REVISION", help="mutants in changed functions"
+    )
+    arguments.add_argument("--list", action="store_true", help="print the mutants' places and stop")
     given = arguments.parse_args()
     torch.set_num_threads(1)
-    chosen = [mutant for path in FILES for mutant in mutants(path) if given.only in mutant[0]]
+    chosen = [one for one in mutants() if given.only in one.place]
+    if given.changed is not None:
+        changed = changed_lines(given.changed)
+        chosen = [one for one in chosen if changed.get(one.path, set()) & set(one.around)]
+    if given.list:
+        print("\n".join(one.place for one in chosen))
+        return 0
     survivors = []
 
-    def judge(mutant: tuple[str, str]) -> None:
+    def judge(one: Mutant) -> None:
         start = time.monotonic()
-        by = killed_by(*mutant)
+        by = killed_by(one)
         if not by:
-            survivors.append(mutant[0])
-        print(f"{mutant[0]}: {by or 'SURVIVED'} ({time.monotonic() - start:.0f} s)", flush=True)
+            survivors.append(one.place)
+        print(f"{one.place}: {by or 'SURVIVED'} ({time.monotonic() - start:.0f} s)", flush=True)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         list(pool.map(judge, chosen))

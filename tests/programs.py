@@ -191,6 +191,13 @@ def assert_no_less_exact(got, eager, truth, rounded_to: torch.dtype | None = Non
             assert (g.double() - t).abs().max() <= allowed
 
 
+def assert_verify_changes_nothing(before: GraphModule, after: GraphModule, options: dict[str, Any]) -> None:
+    """`verify` only looks: with it and without it the same graph comes out. A capture by Dynamo costs more than to do it
+    twice for each; there the suite's `--verify half` has some tests with it and some without."""
+    for verify in (True, False):
+        assert fusionpass.rewrite(before, **{**options, "verify": verify}).graph_module.code == after.code
+
+
 def checked(function: Callable, args, tracer: str = "dynamo", sites: int = 1, **options) -> list[Rewrite]:
     """The rewrites; results hold eager's strides, and its error against float64 as their bound."""
     with InDouble():
@@ -203,6 +210,7 @@ def checked(function: Callable, args, tracer: str = "dynamo", sites: int = 1, **
         before = make_fx(function, tracing_mode=tracer)(*fresh(args))
         after, report = fusionpass.rewrite(before, **options)
         assert_only_sites_changed(before, after, report)
+        assert_verify_changes_nothing(before, after, options)
         got = after(*fresh(args))
     assert_no_less_exact(tensors(got), eager, truth, args[0].dtype)
     assert (len(report.rewrites), report.misses) == (sites, [])

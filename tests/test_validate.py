@@ -12,6 +12,7 @@ from fusionpass import replace
 from fusionpass.match import Finalize, Norm, Projection
 
 S = torch.sigmoid
+pytestmark = pytest.mark.of_verify
 
 
 def region(y, weights, order, x, gate_weight, b, residual, norm):
