@@ -16,8 +16,9 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusionpass.copying import child_graphs
-from fusionpass.tensors import value_of
-from fusionpass.writes import call_name
+from fusionpass.identity import torch_name
+from fusionpass.private import HigherOrderOperator
+from fusionpass.tensors import attribute, value_of
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def _spread(graph_module: GraphModule, inputs: Sequence[bool], given: dict[int, 
         if node.op == "placeholder":
             found = next(known, False) or _requires(value_of(node))
         elif node.op == "get_attr":
-            found = _requires(_attribute(graph_module, node))
+            found = _requires(attribute(graph_module, str(node.target)))
         else:
             if node.target is torch._C._set_grad_enabled:
                 enabled = bool(node.args[0])
@@ -72,22 +73,15 @@ def _spread(graph_module: GraphModule, inputs: Sequence[bool], given: dict[int, 
 
 
 def _without_gradients(node: Node) -> bool:
-    return call_name(node) in ("detach", "detach_") or (
-        call_name(node) == "wrap_with_set_grad_enabled" and node.args[:1] == (False,)
-    )
-
-
-def _attribute(graph_module: GraphModule, node: Node) -> Any:
-    value: Any = graph_module
-    for name in str(node.target).split("."):
-        value = getattr(value, name, None)
-    return value
+    if isinstance(node.target, HigherOrderOperator):
+        return node.target.name() == "wrap_with_set_grad_enabled" and node.args[:1] == (False,)
+    return torch_name(node) in ("detach", "detach_")
 
 
 def _children(graph_module: GraphModule, node: Node) -> list[GraphModule]:
     """The graphs that a node calls: a module, or operands of a higher-order op."""
     holders = [node] if node.op == "call_module" else [each for each in node.all_input_nodes if each.op == "get_attr"]
-    found = [_attribute(graph_module, holder) for holder in holders]
+    found = [attribute(graph_module, str(holder.target)) for holder in holders]
     return [child for child in found if isinstance(child, GraphModule)]
 
 

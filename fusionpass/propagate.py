@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fusionpass.copying import replaces_forward
+from fusionpass.modules import has_hooks
 from fusionpass.private import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -32,7 +33,6 @@ from fusionpass.private import (
     UnsupportedOperatorException,
 )
 from fusionpass.tensors import storage_key, value_of
-from fusionpass.writes import has_hooks
 
 log = logging.getLogger(__name__)
 

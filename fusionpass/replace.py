@@ -202,7 +202,8 @@ def _stored(site: Site) -> torch.dtype | None:
     read = [site.gate, site.b, site.residual, site.a if routed is None else routed.y]
     dtypes = {tensor_of(node).dtype for node in (site.end, *read) if node is not None}
     total = tensor_of(site.end)
-    if len(dtypes) > 1 or (site.combined and under_autocast(total.device)):
+    regions = site.add.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast, sort=False)
+    if len(dtypes) > 1 or (site.combined and (regions or under_autocast(total.device))):
         return total.dtype
     return None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fusionpass.errors import VerificationFailed
+from fusionpass.identity import inner_name
 from fusionpass.implementations import interpreted
 from fusionpass.match import Site
 from fusionpass.options import Options
@@ -25,7 +26,6 @@ from fusionpass.private import unset_fake_temporarily
 from fusionpass.provenance import module_of, source_of
 from fusionpass.replace import Inserted
 from fusionpass.tensors import same_strides, tensor_of, value_of
-from fusionpass.writes import call_name
 
 log = logging.getLogger(__name__)
 SEED = 0
@@ -106,9 +106,10 @@ def _autocast_of(node: Node) -> list[torch.autocast]:
     for each in node.graph.nodes:
         if each is node:
             break
-        if call_name(each) == "_enter_autocast" and each.op == "call_function":
+        name = inner_name(each.target) if each.op == "call_function" else ""
+        if name == "_enter_autocast":
             open_regions[each] = None
-        elif call_name(each) == "_exit_autocast":
+        elif name == "_exit_autocast":
             open_regions.pop(each.args[0], None)
     return [torch.autocast(*region.args) for region in open_regions]
 
