@@ -24,7 +24,7 @@ def normed(total, weight):
 
 
 def routed(y, w, i):
-    return (y * w.reshape(-1, 1))[i].view(T, -1, H).sum(1)
+    return torch.index_select(y * w.reshape(-1, 1), 0, i).view(T, -1, H).sum(1)  # y[i] asks for a GPU, fake as it is
 
 
 def projected(x, w, b, bias=None):
