@@ -15,7 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fusionpass.private import OpOverload
-from fusionpass.tensors import storage_key, value_of
+from fusionpass.tensors import known_equal, storage_key, tensor_of, value_of
 from fusionpass.writes import METADATA_WRITES, call_name, changes_state, is_functorch_level, written_by
 
 
@@ -138,6 +138,20 @@ class Effects:
                 for storage in self.storages(node):
                     self._groups[storage].append(node)
         return self._groups[key]
+
+
+def fills_its_memory(node: Node) -> bool:
+    """Whether the node's tensor is known to be all that its storage holds.
+
+    Where each node was recorded with a storage of its own, the value that it is a view of tells.
+    """
+    tensor = tensor_of(node)
+    size = tensor.numel() * tensor.element_size()
+    if not (known_equal(tensor.storage_offset(), 0) and known_equal(tensor.untyped_storage().nbytes(), size)):
+        return False
+    source = _aliased_operand(node)
+    whole = tensor_of(source)
+    return source is None or (whole is not None and known_equal(whole.numel(), tensor.numel()) and fills_its_memory(source))
 
 
 def _first_between(positions: list[int] | tuple[()], start: int, end: int) -> int | None:

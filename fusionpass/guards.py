@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fusionpass.effects import Effects
+from fusionpass.effects import Effects, fills_its_memory
 from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import readers
@@ -145,9 +145,14 @@ def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
 
 
 def sum_owned(site: Site, effects: Effects) -> Refusal | None:
-    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own and dead afterwards."""
+    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own, fills its memory and is dead after.
+
+    A view of a larger buffer shows what lies around it (`as_strided`, `untyped_storage`), to the graph's caller too.
+    """
     if not site.writes_a:
         return None
+    if not fills_its_memory(site.add):
+        return Refusal("in-place-visible", "{} writes into {}, which is part of a larger buffer", site.add, site.a)
     reader = effects.other_reader(site.a, site.add)
     if reader is not None:
         return Refusal("in-place-visible", "{} writes into {}, which {} shows or reads", site.add, site.a, reader)
