@@ -64,6 +64,7 @@ def propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
     try:
         with _random_streams_kept(), mode:
             inputs = tree_map(fakes.of, list(example_inputs))
+            fakes.storages.clear()  # what the module holds, from here on
             _Recorder(graph_module, fakes, {}, lacks_values(graph_module)).run(*inputs, enable_io_processing=False)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
