@@ -190,7 +190,7 @@ class _Recorder(Interpreter):
     def _snapshot(self, value: Any) -> Any:
         """The value as it is now: later nodes may change a tensor's shape in place."""
         if isinstance(value, Tensor):
-            fake = self.fakes.of(value)
+            fake = value if isinstance(value, FakeTensor) else self.fakes.of(value)
             with torch.no_grad():
                 return fake.detach().requires_grad_(fake.requires_grad)
         return value if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) else None
