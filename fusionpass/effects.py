@@ -151,7 +151,9 @@ def fills_its_memory(node: Node) -> bool:
         return False
     source = _aliased_operand(node)
     whole = tensor_of(source)
-    return source is None or (whole is not None and known_equal(whole.numel(), tensor.numel()) and fills_its_memory(source))
+    return source is None or (
+        whole is not None and known_equal(whole.numel(), tensor.numel()) and fills_its_memory(source)
+    )
 
 
 def _first_between(positions: list[int] | tuple[()], start: int, end: int) -> int | None:

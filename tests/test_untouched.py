@@ -170,7 +170,10 @@ def test_what_the_graph_does_not_use_is_kept():
 
 
 def test_children_keep_what_they_have():
-    given, (x,) = make_fx(lambda x: torch.cond(x.sum() > 0, formula, torch.sin, (x,)))(*operands((4, 8))), operands((4, 8))[0:1]
+    given, (x,) = (
+        make_fx(lambda x: torch.cond(x.sum() > 0, formula, torch.sin, (x,)))(*operands((4, 8))),
+        operands((4, 8))[0:1],
+    )
     child = given.true_graph_0
     child.note, child.training = "kept", False
     child.register_buffer("unused", torch.ones(2))
