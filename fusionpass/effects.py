@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fusionpass.identity import torch_name
 from fusionpass.private import OpOverload
-from fusionpass.tensors import attribute, storage_keys, value_of
+from fusionpass.tensors import attribute, known_equal, storage_keys, tensor_of, value_of
 from fusionpass.writes import changes_state, is_functorch, level_change, metadata_write, written_by
 
 
@@ -181,6 +181,22 @@ class Effects:
                 for storage in self.storages(node):
                     self._groups[storage].append(node)
         return self._groups[key]
+
+
+def fills_its_memory(node: Node) -> bool:
+    """Whether the node's tensor is known to be all that its storage holds.
+
+    Where each node was recorded with a storage of its own, the value that it is a view of tells.
+    """
+    tensor = tensor_of(node)
+    size = tensor.numel() * tensor.element_size()
+    if not (known_equal(tensor.storage_offset(), 0) and known_equal(tensor.untyped_storage().nbytes(), size)):
+        return False
+    source = _aliased_operand(node)
+    whole = tensor_of(source)
+    return source is None or (
+        whole is not None and known_equal(whole.numel(), tensor.numel()) and fills_its_memory(source)
+    )
 
 
 def _first_between(positions: Sequence[int], start: int, end: int, but: Collection[int] = ()) -> int | None:

@@ -10,7 +10,7 @@ from functools import cache, reduce
 
 import torch
 
-from fusionpass.effects import Effects
+from fusionpass.effects import Effects, fills_its_memory
 from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import readers
@@ -182,9 +182,16 @@ def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
 
 
 def sum_owned(site: Site, effects: Effects) -> Refusal | None:
-    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own and dead afterwards."""
+    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own, fills its memory and is dead after.
+
+    A view of a larger buffer shows what lies around it (`as_strided`, `untyped_storage`), to the graph's caller too.
+    """
     if site.overwrites is None:
         return None
+    if not fills_its_memory(site.add):
+        return Refusal(
+            "in-place-visible", "{} writes into {}, which is part of a larger buffer", site.add, site.overwrites
+        )
     reader = effects.other_reader(site.overwrites, site.add)
     if reader is not None:
         text = "{} writes into {}, which {} shows or reads"

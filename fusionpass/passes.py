@@ -37,8 +37,9 @@ class Pass(PassBase):
         options: as for `fusionpass.fuse`; `inner` has no meaning here but for `profitable_only`.
 
     Calling it returns a `PassResult`: the new graph, with the given one untouched, and whether anything was rewritten.
-    `report` is that of the last call. The graph must carry shapes; `symbolic_trace` leaves none, so run
-    `torch.fx.passes.shape_prop` or `FakeTensorProp` first.
+    `report` is that of the last call. The graph must carry shapes; `symbolic_trace` leaves none, so run `ShapeProp` of
+    `torch.fx.passes.shape_prop`, or `FakeTensorProp`, first. ShapeProp records no device: inputs are then taken to be where
+    the parameters are, and each to be memory of its own.
 
     Raises:
         ValueError: an unknown option or value; on a call, a graph without shapes.

@@ -64,6 +64,7 @@ def propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
     try:
         with _random_streams_kept(), mode:
             inputs = tree_map(fakes.of, list(example_inputs))
+            fakes.storages.clear()  # what the module holds, from here on
             _Recorder(graph_module, fakes, {}, lacks_values(graph_module)).run(*inputs, enable_io_processing=False)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -189,7 +190,7 @@ class _Recorder(Interpreter):
     def _snapshot(self, value: Any) -> Any:
         """The value as it is now: later nodes may change a tensor's shape in place."""
         if isinstance(value, Tensor):
-            fake = self.fakes.of(value)
+            fake = value if isinstance(value, FakeTensor) else self.fakes.of(value)
             with torch.no_grad():
                 return fake.detach().requires_grad_(fake.requires_grad)
         return value if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) else None
