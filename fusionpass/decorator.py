@@ -36,7 +36,7 @@ def fuse(target: Any = None, /, *, inner: str | Callable[..., Any] = "eager", **
     Raises:
         TypeError: `target` is nothing that can be called.
         ValueError: an unknown option or value.
-        NothingRewritten: on a call, under `strict`, when no site was rewritten.
+        NothingRewritten: on a call, under `strict`, when no rewritten site ran in it.
         VerificationFailed: on a call, under `verify`, when a site computed anything else than its nodes.
 
     Example:

@@ -20,7 +20,7 @@ class Options:
         rules: names of the rules and stages to allow (see `fusionpass rules`); None allows all.
         numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
         profitable_only: leave a site alone where the inner compiler by itself would be faster.
-        strict: raise `NothingRewritten` when no site was rewritten.
+        strict: raise `NothingRewritten` when no rewritten site ran in a call; see `fusionpass.notice`.
         verify: run each rewritten site against the nodes it replaces, on random inputs, while compiling.
         mode: with `inner="inductor"`, one of torch.compile's modes ("reduce-overhead", "max-autotune", ...).
         inductor: with `inner="inductor"`, settings of `torch._inductor.config` for this compilation, by name.

@@ -144,6 +144,42 @@ def test_rank_0_speaks(rank, times, program, said, monkeypatch, caplog):
     assert len([r for r in caplog.records if r.name == "fusionpass"]) == 1  # the others log it for those who debug
 
 
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+SHARDED = {
+    "backend, no site": ((Plain, Plain, Plain), False, 1),
+    "backend, a site first": ((Sites, Plain, Plain), False, 0),
+    "backend, a site last": ((Plain, Plain, Sites), False, 1),
+    "fuse, no site": ((Plain, Plain, Plain), True, 1),
+    "fuse, a site last": ((Plain, Plain, Sites), True, 0),
+}
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize(("layers", "fuse", "times"), SHARDED.values(), ids=SHARDED)
+def test_fsdp2_is_one_model(layers, fuse, times, said, alone):
+    """Its hooks have each child run as a function of its own, and none of them ends at a graph break."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    model = torch.nn.Sequential(*[layer() for layer in layers])
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    compiled = fusionpass.fuse(model) if fuse else torch.compile(model, **EAGER)
+    with fusionpass.collect() as report:
+        compiled(torch.ones(2, 8))
+    assert len(report.graphs) >= 1 and len(report.rewrites) == layers.count(Sites)
+    assert len(said()) == times, said()
+
+
 # ---- strict judges each call
 
 
