@@ -111,7 +111,7 @@ def _copy_of(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> torch
 
 def _copied(graph: Graph) -> Graph:
     """The graph with every node's name: copying renames those that are called as a builtin is, such as `input`, by which
-    name an exported program's signature knows it. And with what Dynamo puts on its inputs, where AOTAutograd looks for it."""
+    name an exported program's signature knows it. And with what Dynamo puts on its inputs, which AOTAutograd asks for."""
     new = copy.deepcopy(graph)
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         new_node.name = old_node.name

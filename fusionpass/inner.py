@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch.fx import GraphModule, Node
@@ -11,6 +12,7 @@ from fusionpass.copying import child_graphs
 from fusionpass.identity import torch_name
 from fusionpass.options import Options
 from fusionpass.settings import of_mode
+from fusionpass.sources import in_cache_keys
 
 Compiled = Callable[..., Any]
 _OF_SEQUENCES = frozenset(("conv1d", "conv_transpose1d"))  # the convolutions that are not of images
@@ -50,9 +52,10 @@ def compile_inner(
     settings = inductor_settings(options)
     if options.inner == "inductor" and rewritten and "layout_optimization" not in settings:
         settings |= _layout_kept(graph_module)
-    if not settings:
-        return compiler(graph_module, example_inputs)
-    return compiler(graph_module, example_inputs, config_patches=settings)
+    with in_cache_keys() if rewritten else nullcontext():
+        if not settings:
+            return compiler(graph_module, example_inputs)
+        return compiler(graph_module, example_inputs, config_patches=settings)
 
 
 def _layout_kept(graph_module: GraphModule) -> dict[str, bool]:

@@ -11,10 +11,7 @@ call through the dispatcher, which costs CPU time unless CUDA graphs replay it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +19,12 @@ from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from fusionpass import collecting
-from fusionpass._version import __version__
 from fusionpass.engine import run
 from fusionpass.options import Options
 from fusionpass.private import CustomGraphPass
 from fusionpass.report import Report
 from fusionpass.rewrite import rewrite
+from fusionpass.sources import digest
 
 
 class Pass(PassBase):
@@ -85,13 +82,4 @@ class InductorPass(CustomGraphPass):
             before = self._after.uuid() if isinstance(self._after, CustomGraphPass) else None
             if before is None:
                 return None
-        return f"{_sources()} {self._options!r} {before!r}"
-
-
-@cache
-def _sources() -> str:
-    digest = hashlib.sha256(__version__.encode())
-    package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+        return f"{digest()} {self._options!r} {before!r}"

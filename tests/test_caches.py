@@ -75,9 +75,13 @@ def test_a_second_process_hits_and_reports_the_same(tmp_path):
     assert counts(ran(tmp_path, rules=["gated_add"], profitable_only=False)) == MISS
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="on a CPU Inductor compiles expressions, and no kernel of ours"
-)
+# file, text and its change: the kernel, or the expression that Inductor is given on a CPU
+CHANGE = {
+    True: ("moe_combine.py", "    y += sigmoid(logit, PRECISE, INTERPRETED)", "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)"),
+    False: ("aten_combine.py", None, None),
+}
+
+
 def test_a_changed_kernel_is_a_miss(tmp_path):
     root, copied, cache = Path(__file__).parents[1], tmp_path / "package", tmp_path / "cache"
     cache.mkdir()
