@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,19 +41,27 @@ class Outcome:
     switched_off: bool = False  # PyTorch's tools kept the pass from running
 
 
-def run(graph_module: GraphModule, options: Options, *, foreign: str = "", tuned: bool = False) -> Outcome:
+def run(
+    graph_module: GraphModule,
+    options: Options,
+    *,
+    foreign: str = "",
+    tuned: bool = False,
+    among: Container[Node] | None = None,
+) -> Outcome:
     """Rewrite `graph_module` in place and say what was done.
 
     Args:
         foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
             Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
+        among: when given, only sums that are in it are looked at; what a site grows over may lie outside.
 
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
     outcome = Outcome()
-    _Pass(options, foreign, tuned, outcome).over(graph_module, inside_functorch=False)
+    _Pass(options, foreign, tuned, outcome, among).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -71,6 +79,7 @@ class _Pass:
     foreign: str
     tuned: bool
     outcome: Outcome
+    among: Container[Node] | None
     seen: set[int] = field(default_factory=set)
 
     def over(self, gm: GraphModule, inside_functorch: bool) -> None:
@@ -79,7 +88,7 @@ class _Pass:
         self.seen.add(id(gm))
         words = Vocabulary(gm)
         self.outcome.nodes += len(gm.graph.nodes)
-        sums = [node for node in gm.graph.nodes if is_sum(words, node)]
+        sums = [node for node in gm.graph.nodes if is_sum(words, node) and self.asked(node)]
         effects: Effects | None = None
         gone: set[str] = set()  # names of nodes that a site before has taken in
         for add in sums:
@@ -100,6 +109,9 @@ class _Pass:
             self.over(child, effects.has_functorch)
         if gone:
             gm.recompile()
+
+    def asked(self, node: Node) -> bool:
+        return self.among is None or node in self.among
 
     def judged(self, readings, words: Vocabulary, effects: Effects) -> tuple[Site, Refusal | None]:
         """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
