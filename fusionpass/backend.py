@@ -7,7 +7,7 @@ The rewriting happens in the backend function, ahead of the inner compiler, so t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,9 @@ class Backend:
 
 
 def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
     tuned = options.inner == "inductor" and tunes(inductor_settings(options))
     foreign = foreign_type(example_inputs)
-    outcome = as_named_pass(graph_module, lambda gm: run(gm, options, foreign=foreign, tuned=tuned))
-    if outcome is None:  # torch._inductor.config.disabled_passes, or the bisector
-        outcome = Outcome(len(graph_module.graph.nodes), switched_off=True)
-    tell(outcome)
-    code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
-    graph_break = _graph_break(graph_module)
-    ran = collecting.record(outcome, compiled=True, graph_break=graph_break, code=code)
+    outcome, ran = passed_over(graph_module, lambda gm: run(gm, options, foreign=foreign, tuned=tuned))
     notice.after_graph(outcome, options, place_of(graph_module))
     if options.inner == "eager" and outcome.rewrites:
         call_directly(graph_module)
@@ -89,6 +82,20 @@ def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], opti
             error.add_note(f"raised by the inner compiler of fusionpass, option inner={options.inner!r}")
         raise
     return collecting.counted(noting(compiled, outcome), ran)
+
+
+def passed_over(
+    graph_module: GraphModule, work: Callable[[GraphModule], Outcome]
+) -> tuple[Outcome, Callable[[], None] | None]:
+    """The pass `work` on a graph of Dynamo's, told to whoever listens; its outcome, and what to call on each run."""
+    code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
+    outcome = as_named_pass(graph_module, work)
+    if outcome is None:  # torch._inductor.config.disabled_passes, or the bisector
+        outcome = Outcome(len(graph_module.graph.nodes), switched_off=True)
+    tell(outcome)
+    code = (code_before, graph_module.print_readable(print_output=False)) if code_before is not None else None
+    ran = collecting.record(outcome, compiled=True, graph_break=_graph_break(graph_module), code=code)
+    return outcome, ran
 
 
 def _graph_break(graph_module: GraphModule) -> GraphBreak | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ def run(
     foreign: str = "",
     tuned: bool = False,
     keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None,
+    among: Container[Node] | None = None,
 ) -> Outcome:
     """Rewrite `graph_module` in place and say what was done.
 
@@ -61,12 +62,13 @@ def run(
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
         keeps: says of a site of the outermost graph, after each step of its growth, why what owns the graph needs nodes of
             it to stay; it is given what was renamed so far.
+        among: when given, only sums that are in it are looked at; what a site grows over may lie outside.
 
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
     outcome = Outcome()
-    _Pass(options, foreign, tuned, outcome, graph_module, keeps).over(graph_module, inside_functorch=False)
+    _Pass(options, foreign, tuned, outcome, graph_module, keeps, among).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
     for miss in outcome.misses:
@@ -86,6 +88,7 @@ class _Pass:
     outcome: Outcome
     root: GraphModule
     keeps: Callable[[Site, dict[str, str]], Refusal | None] | None = None
+    among: Container[Node] | None = None
     seen: set[int] = field(default_factory=set)
 
     def over(self, gm: GraphModule, inside_functorch: bool) -> None:
@@ -95,7 +98,7 @@ class _Pass:
         words = Vocabulary(gm)
         self.outcome.nodes += len(gm.graph.nodes)
         operations = [(node, words.operation(node)) for node in gm.graph.nodes]
-        sums = [node for node, operation in operations if operation in ANCHORS]
+        sums = [node for node, operation in operations if operation in ANCHORS and self.asked(node)]
         in_place = [node for node, operation in operations if operation is not None and operation.endswith("_")]
         redirected = redirect(gm.graph, in_place, words)
         effects: Effects | None = None
@@ -119,6 +122,9 @@ class _Pass:
             inside = _inside_functorch(gm, children, effects or Effects(gm, inside_functorch))
         for path, child in children.items():
             self.over(child, path in inside)
+
+    def asked(self, node: Node) -> bool:
+        return self.among is None or node in self.among
 
     def kept(self, site: Site) -> Refusal | None:
         return self.keeps(site, self.outcome.renamed) if self.keeps is not None else None

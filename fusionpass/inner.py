@@ -51,14 +51,14 @@ def compile_inner(
     compiler = compiler_of(options)
     settings = inductor_settings(options)
     if options.inner == "inductor" and rewritten and "layout_optimization" not in settings:
-        settings |= _layout_kept(graph_module)
+        settings |= layout_kept(graph_module)
     with in_cache_keys() if rewritten else nullcontext():
         if not settings:
             return compiler(graph_module, example_inputs)
         return compiler(graph_module, example_inputs, config_patches=settings)
 
 
-def _layout_kept(graph_module: GraphModule) -> dict[str, bool]:
+def layout_kept(graph_module: GraphModule) -> dict[str, bool]:
     """Whether to say that Inductor shall not lay 4-D tensors out for convolutions, where none is of images.
 
     It does so in a graph of fewer than 300 nodes per convolution (`GraphLowering.decide_layout_opt`), of whatever kind,

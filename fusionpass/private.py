@@ -22,6 +22,8 @@ WHERE = {
     "UnsupportedFakeTensorException": "torch._subclasses.fake_tensor",
     "UnsupportedOperatorException": "torch._subclasses.fake_tensor",
     "unset_fake_temporarily": "torch._subclasses.fake_tensor",
+    "get_proxy_mode": "torch.fx.experimental.proxy_tensor",
+    "_symbolic_trace": "torch.fx",
     "HigherOrderOperator": "torch._ops",
     "OpOverload": "torch._ops",
     "OpOverloadPacket": "torch._ops",
@@ -31,6 +33,8 @@ WHERE = {
     # compilers
     "list_backends": "torch._dynamo",
     "lookup_backend": "torch._dynamo.backends.registry",
+    "comptime": "torch._dynamo.comptime",
+    "ShortenTraceback": "torch._dynamo.exc",
     "reset": "torch._dynamo",
     "innermost_fn": "torch._dynamo.eval_frame",
     "_stance": "torch._dynamo.eval_frame",

@@ -77,7 +77,11 @@ def test_a_second_process_hits_and_reports_the_same(tmp_path):
 
 # file, text and its change: the kernel, or the expression that Inductor is given on a CPU
 CHANGE = {
-    True: ("moe_combine.py", "    y += sigmoid(logit, PRECISE, INTERPRETED)", "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)"),
+    True: (
+        "moe_combine.py",
+        "    y += sigmoid(logit, PRECISE, INTERPRETED)",
+        "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)",
+    ),
     False: ("aten_combine.py", None, None),
 }
 

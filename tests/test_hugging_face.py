@@ -16,7 +16,7 @@ LAYERS = 2
 
 
 def compile_config(**settings):
-    config = transformers.CompileConfig(backend="fusionpass", **settings)
+    config = transformers.CompileConfig(**{"backend": "fusionpass", **settings})
     config._compile_all_devices = True  # generate compiles on accelerators alone, otherwise
     return config
 
@@ -38,6 +38,22 @@ def test_generate_with_a_compile_config(config):
     with fusionpass.collect() as report:
         got = model.generate(inputs["input_ids"], **options, compile_config=compile_config(**CONFIGS[config]))
     assert [site.stages for site in report.rewrites][:LAYERS] == [WHOLE] * LAYERS
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_fused_model_generates_with_somebodys_backend(backend):
+    """`generate` compiles the decode steps by itself; the prefill is the fused model's own compilation."""
+    model, inputs = models.build("qwen2_moe")
+    options = dict(max_new_tokens=4, do_sample=False, cache_implementation="static")
+    want = model.generate(inputs["input_ids"], **options, disable_compile=True)
+    fusionpass.fuse(model, strict=True)
+    config = compile_config(backend=backend, mode=None, fullgraph=True)
+    with fusionpass.collect() as report:
+        got = model.generate(inputs["input_ids"], **options, compile_config=config)
+    assert [graph.rewrites for graph in report.graphs] == [LAYERS] * 2
+    assert [graph.calls for graph in report.graphs] == [1, 3]
+    assert [site.stages for site in report.rewrites] == [WHOLE] * LAYERS * 2
     torch.testing.assert_close(got, want)
 
 

@@ -1,0 +1,33 @@
+"""Is something recording this call? A fused function then steps aside, and what it was made of is recorded."""
+
+from __future__ import annotations
+
+import torch
+
+from fusionpass.private import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+    _symbolic_trace,
+    get_proxy_mode,
+)
+
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def recorder() -> str | None:
+    """Who records the calls of this thread, by the name its user knows; None where nobody does.
+
+    Dynamo is asked for apart, by `is_dynamo_compiling`: it answers while it reads the caller's code, and its graph can be
+    rewritten. The flags "someone compiles" and "FX traces" are of the process, so they only tell that the thread's own
+    state has to be asked; FX's tracer has none of its own, and `torch.compile` refuses to run beside it in any thread.
+    """
+    if _get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if _are_functorch_transforms_active():
+        return "a torch.func transform"
+    if not (_symbolic_trace._is_fx_tracing_flag or _len_torch_dispatch_stack()):
+        return None
+    if get_proxy_mode() is not None:
+        return "torch.export" if torch.compiler.is_exporting() else "make_fx"
+    return "torch.fx.symbolic_trace" if _symbolic_trace.is_fx_symbolic_tracing() else None
