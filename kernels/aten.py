@@ -44,21 +44,22 @@ def constant_logit(bias: Tensor | None, x: Tensor, rows: Sequence[int]) -> Tenso
     return logit.expand(*rows, 1)
 
 
-def empty_sum(a: Tensor, gate: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a."""
+def empty_sum(a: Tensor, gate: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a; dtype: None for
+    that of `a`."""
     if a.is_contiguous():
         return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
     strides = sum_strides(a.shape, a.stride(), gate.shape, gate.stride(), b.stride())
-    return torch.empty_strided(a.shape, strides, dtype=dtype, device=a.device)
+    return torch.empty_strided(a.shape, strides, dtype=dtype or a.dtype, device=a.device)
 
 
-def empty_row_gated_sum(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def empty_row_gated_sum(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As `empty_sum`, for a contiguous gate of one element per row."""
     if a.is_contiguous():
         return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
     rows = (*a.shape[:-1], 1)
     strides = sum_strides(a.shape, a.stride(), rows, contiguous_strides(rows), b.stride())
-    return torch.empty_strided(a.shape, strides, dtype=dtype, device=a.device)
+    return torch.empty_strided(a.shape, strides, dtype=dtype or a.dtype, device=a.device)
 
 
 def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None) -> Tensor:

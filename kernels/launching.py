@@ -137,15 +137,15 @@ def _at(tensor: Tensor, offset: int) -> Tensor:
 
 
 class Result:
-    """Memory for a result with the shape and device of `a`, and given strides and dtype."""
+    """Memory for a result with the shape and device of `a`, given strides, and a given dtype or its own."""
 
     __slots__ = ("_current", "_dtype", "_shape", "_strides")
 
-    def __init__(self, a: Tensor, strides: Sequence[int], dtype: torch.dtype):
+    def __init__(self, a: Tensor, strides: Sequence[int], dtype: torch.dtype | None = None):
         self._current = a.is_cuda and torch.cuda.device_count() == 1 and _empty_strided_cuda is not None
         self._shape = tuple(a.shape)
         self._strides = tuple(strides)
-        self._dtype = dtype
+        self._dtype = dtype or a.dtype
 
     def empty(self, a: Tensor) -> Tensor:
         if self._current:
