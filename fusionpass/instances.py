@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fusionpass.calls import local
-from fusionpass.private import _debug_get_cache_entry_list, innermost_fn
+from fusionpass.private import _debug_get_cache_entry_list
 from fusionpass.unseen import served
 
 log = logging.getLogger("fusionpass")
@@ -28,6 +28,8 @@ log = logging.getLogger("fusionpass")
 def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile(function, backend=backend)`, with Dynamo's recompile limit counted per instance where the first
     argument is a module."""
+    from fusionpass.private import innermost_fn  # with Dynamo, which an import of the package alone does without
+
     inner = innermost_fn(function)
     if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
         return inner  # torch 2.13's Dynamo refuses generators, and what it compiles of a coroutine crashes Python

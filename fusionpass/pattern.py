@@ -82,6 +82,8 @@ def _readings(
     sigmoid, between = walk_back(words, gated)
     scaled = _scaled_sigmoid(words, sigmoid)
     if scaled is not None:
+        if not _elementwise(sigmoid, scaled, product):
+            return
         written = words.meaning(sigmoid)
         if written.in_place and written.operands[0] is scaled:
             refusal = refusal or Refusal("mutation-between", "{} may write {} before {}", sigmoid, scaled, product)
@@ -117,6 +119,16 @@ def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:
                 return factor
         node = next((factor for factor in factors if words.operation(factor) in ("mul", "mul_")), None)
     return None
+
+
+def _elementwise(inner: Node, sigmoid: Node, product: Node) -> bool:
+    """Whether what is multiplied once more is a factor for each gate or each element of the product: an outer product, as in
+    the delta rule's recurrence, is no formula with a factor too many."""
+    shapes = [tensor_of(node) for node in (inner, sigmoid, product)]
+    if None in shapes:
+        return True
+    own, gate, whole = (tensor.shape for tensor in shapes)
+    return same_sizes(own, gate) or same_sizes(own, whole)
 
 
 def _other_sum(words: Vocabulary, add: Node) -> Iterator[Reading]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -18,7 +19,8 @@ def digest() -> str:
     """A hash of the version and of every source file, the kernels' included."""
     found = hashlib.sha256(__version__.encode())
     package = Path(__file__).parent
-    for path in sorted(package.rglob("*.py")):
+    folders = os.walk(package, followlinks=True)  # in a checkout the kernels are behind a link
+    for path in sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py")):
         found.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 

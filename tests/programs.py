@@ -112,6 +112,9 @@ def listing(graph_module, gone: set[str], renamed: dict[str, str]) -> list[tuple
     return lines
 
 
+OPERAND_VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
+
+
 def assert_only_sites_changed(before: GraphModule, after: GraphModule, report: fusionpass.Report) -> None:
     """The nodes of the sites are gone, the ops stand in their place with their metadata, and nothing else has changed."""
     after.graph.lint()
@@ -126,6 +129,10 @@ def assert_only_sites_changed(before: GraphModule, after: GraphModule, report: f
             ops.add(op)
             values = [f"{op}_sum", f"{op}_normed"] if "rms_norm" in site.stages else [f"{op}_sum"]
             assert [node.name for node in new[op].users] == values
+        # Where views stand between the formula's nodes, the op reads views of the gate and b made for it.
+        made = [node for node in new[op].all_input_nodes if node.name not in old and node.op == "call_function"]
+        assert all(node.target in OPERAND_VIEWS and list(node.users) == [new[op]] for node in made)
+        ops |= {node.name for node in made}
         renamed |= {value: new[value].meta["from_node"][0].name for value in values}
         for value in values:
             assert_same_record(new[value], old[renamed[value]])

@@ -189,7 +189,7 @@ CONTEXTS = {
     "cond, both branches": (_cond, 2, []),
     "torch.func.grad": (_functional_grad, 0, ["functorch"]),
     "vmap": (_vmapped, 0, ["functorch"]),
-    "autocast": (_autocast, 0, ["mixed-dtype"]),
+    "autocast": (_autocast, 1, []),
     "autograd.Function": (lambda block, x: Doubled.apply(x), None, None),
     "no_grad around all": (lambda block, x: torch.no_grad()(lambda: block(x))(), 1, []),
 }
@@ -205,11 +205,13 @@ def test_contexts(context):
         assert len(report.rewrites) == rewrites, report.misses
         assert [miss.code for miss in report.misses] == codes
     got = fusionpass.fuse(lambda x: function(block, x))(x)
-    torch.testing.assert_close(got, expected)
+    # Under autocast eager rounds the gate and the product to bfloat16 on the way, the op once at the end.
+    bound = {"rtol": 2**-7, "atol": 2**-7} if context == "autocast" else {}
+    torch.testing.assert_close(got, expected, **bound)
     if expected.requires_grad:
         (want,) = torch.autograd.grad(expected.sum(), x)
         (given,) = torch.autograd.grad(got.sum(), x)
-        torch.testing.assert_close(given, want)
+        torch.testing.assert_close(given, want, **bound)
 
 
 def test_a_shared_child_is_rewritten_once():

@@ -82,7 +82,7 @@ CHANGE = {
         "    y += sigmoid(logit, PRECISE, INTERPRETED)",
         "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)",
     ),
-    False: ("aten_combine.py", None, None),
+    False: ("aten_combine.py", "    total = routed + torch.sigmoid(", "    total = 2 * routed + torch.sigmoid("),
 }
 
 
@@ -95,8 +95,8 @@ def test_a_changed_kernel_is_a_miss(tmp_path):
     cold = ran(cache, package=copied)
     assert counts(cold) == MISS
     assert counts(ran(cache, package=copied)) in (HIT, {**HIT, "fx hits": 1})
-    kernel = copied / "kernels" / "moe_combine.py"
-    before, after = "    y += sigmoid(logit, PRECISE, INTERPRETED)", "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)"
+    name, before, after = CHANGE[torch.cuda.is_available()]
+    kernel = copied / "kernels" / name
     assert before in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(before, after))
     changed = ran(cache, package=copied)

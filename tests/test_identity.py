@@ -77,14 +77,24 @@ def symbolic(function):
     return fusionpass.rewrite(torch.fx.symbolic_trace(function), args()).graph_module(*args())
 
 
-@pytest.mark.parametrize("tracer", [fused, retraced, symbolic])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", [*OPS, "flatten in the graph", "half, wrapped"])
-def test_an_op_of_ones_own_runs(name, place, tracer):
-    op = {"flatten in the graph": flatten, "half, wrapped": half, **OPS}[name]
-    function = PLACES[place](op)
+CALLED = {"flatten in the graph": flatten, "half, wrapped": half, **OPS}
+
+
+@pytest.mark.parametrize("tracer", [retraced, symbolic])
+@pytest.mark.parametrize("name", CALLED)
+def test_an_op_of_ones_own_runs(name, tracer):
     with torch.no_grad():
-        torch.testing.assert_close(tracer(function), function(*args()))
+        for place in PLACES.values():
+            function = place(CALLED[name])
+            torch.testing.assert_close(tracer(function), function(*args()))
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", ["half", "flatten", "contiguous", "sigmoid", "mul", "flatten in the graph"])
+def test_an_op_of_ones_own_runs_under_dynamo(name, place):
+    function = PLACES[place](CALLED[name])
+    with torch.no_grad():
+        torch.testing.assert_close(fused(function), function(*args()))
 
 
 INDEX = own_op("index", lambda y: y.flip(0).clone())

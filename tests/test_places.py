@@ -60,7 +60,8 @@ class Capture:
         after, report = fusionpass.rewrite(graph_module)
         assert_only_sites_changed(graph_module, after, report)
         exact = fusionpass.rewrite(graph_module, numerics="eager")
-        assert [r.stages for r in exact.report.rewrites] == [CORE] * len(report.rewrites)
+        mixed = [miss for miss in exact.report.misses if miss.code == "mixed-dtype"]  # no bits of eager's to give
+        assert [r.stages for r in exact.report.rewrites] == [CORE] * (len(report.rewrites) - len(mixed))
         self.graphs.append(graph := Graph(report))
 
         def run(*args):
@@ -118,7 +119,7 @@ PLACES = {
     # adaLN's b is float32 on purpose: where the rest is bfloat16, the sum is promoted
     "esmfold2 diffusion layer": Place(other.esmfold2_diffusion, [CORE] * 4, stopped=[COLUMNS] * 4),
     "esmfold2 diffusion layer, bf16": Place(
-        bf16(other.esmfold2_diffusion), [CORE] * 2, ["mixed-dtype"] * 2, [COLUMNS] * 2
+        bf16(other.esmfold2_diffusion), [CORE] * 4, stopped=[COLUMNS] * 4
     ),
     # the product comes back from a submodule; the gate is [B, N, N, C]
     "esmfold2 pair update": Place(other.esmfold2_pair, [CORE] * 2, stopped=[COLUMNS] * 2),
@@ -140,7 +141,7 @@ PLACES = {
     "clap": Place(other.clap, [CORE], stopped=[OTHER]),
     "glpn": Place(other.glpn, [], ["view-between"]),
     "qwen4_exp per-layer embedding": Place(other.qwen4_exp_ple, [], ["view-between"]),
-    # a multiply by the mask comes between: no longer the formula at all
+    # a multiply by the mask, of other rows, comes between: no longer the formula at all
     "qwen4_exp per-layer embedding, masked": Place(functools.partial(other.qwen4_exp_ple, masked=True), []),
     # s * c + s * tanh: one sum, of which both addends match
     "LSTMCell": Place(other.lstm_cell, [CORE], stopped=[OTHER], aot=True),
@@ -157,16 +158,16 @@ NEAR_MISSES = {
     "glm5_next": Place(other.glm5_next, [], ["scaled"]),
     # hyper-connections of attention and MLP, a flattened product each, beside the shared expert, whose sum goes into one
     "qwen4_exp decoder layer": Place(
-        other.qwen4_exp_layer, [ROUTED], ["view-between"] * 2, around=ALONE | {"finalize": "joined"}
+        other.qwen4_exp_layer, [ROUTED], ["scaled"] * 2, around=ALONE | {"finalize": "joined"}
     ),
     # (x * g) * mask
-    "esm v1": Place(other.esmfold, []),
+    "esm v1": Place(other.esmfold, [], ["scaled"] * 2),
     "patchtst": Place(other.patchtst, [], ["scalar-operand"]),
     "patchtsmixer": Place(other.patchtsmixer, [], ["scalar-operand"]),
     # a chunk of the sigmoid, and 2.0 added: the view is named first
     "wavlm": Place(other.wavlm, [], ["view-between"]),
-    # (16 * sigmoid).unsqueeze(0): likewise
-    "swinv2": Place(other.swinv2, [], ["view-between"]),
+    # (16 * sigmoid).unsqueeze(0)
+    "swinv2": Place(other.swinv2, [], ["scalar-operand"]),
     "gated delta rule": Place(other.qwen3_next_recurrent, []),
     "pp_ocrv5": Place(other.pp_ocrv5, []),
     "efficientnet": Place(other.efficientnet, []),
@@ -234,7 +235,7 @@ def test_family(family, experts):
         assert (len(capture.graphs) == 1) == (experts != "eager")
     else:
         # Of the two hyper-connections per layer, those whose sigmoid and sum a graph break has not put apart.
-        assert capture.misses == ["view-between"] * (1 if experts == "eager" else 3)
+        assert capture.misses == ["scaled"] * (1 if experts == "eager" else 3)
         assert len(capture.graphs) > 1
     assert [o.stride() for o in got] == [o.stride() for o in eager]
     assert relative_error(got, truth) <= SCATTER * relative_error(eager, truth)
