@@ -445,9 +445,9 @@ def test_verify_exits_1_when_a_site_differs(run, code, monkeypatch, tmp_path, ex
 
     build = replace._call
 
-    def mistaken(graph, site, options):
-        site.a, site.b = site.b, site.a
-        return build(graph, site, options)
+    def mistaken(graph, site, gate, b, options):
+        site.a, site.b = b, site.a
+        return build(graph, site, gate, site.b, options)
 
     target = f"{code}:Combine"
     if exported:

@@ -1,5 +1,6 @@
 """Guards that no tracer's own graph reaches: what it recorded is changed by hand, and the site is refused by its code."""
 
+import operator
 from contextlib import nullcontext
 
 import pytest
@@ -21,6 +22,7 @@ def shaped(*shape, stride=None, **options):
     return lambda: torch.empty_strided(shape, stride or torch.empty(shape).stride(), **options)
 
 
+HALF = shaped(4, 8, dtype=torch.float16)
 # what is recorded of a node, in place of float32[4, 8] (g: [4, 1]) on the CPU -> code
 RECORDED = {
     "nothing of b": ({"b": None}, "no-metadata"),
@@ -29,7 +31,15 @@ RECORDED = {
     "a gate of other rows": ({"g": shaped(3, 1)}, "gate-shape"),
     "a gate of more dims": ({"g": shaped(2, 4, 1)}, "gate-shape"),
     "b of other rows": ({"b": shaped(3, 8)}, "shape"),
-    "a sum of another dtype": ({"add": shaped(4, 8, dtype=torch.bfloat16)}, "mixed-dtype"),
+    "a sum of another dtype": ({"add": shaped(4, 8, dtype=torch.bfloat16)}, "result"),
+    "a sum of a dtype that the op lacks": ({"add": shaped(4, 8, dtype=torch.float64)}, "mixed-dtype"),
+    "a sum narrower than what its operands promote to": (
+        {"g": shaped(4, 1, dtype=torch.bfloat16), "add": HALF},
+        "result",
+    ),
+    "a gate of float64": ({"g": shaped(4, 1, dtype=torch.float64)}, "mixed-dtype"),
+    "a 0-d gate of another dtype": ({"g": shaped(dtype=torch.bfloat16)}, "mixed-dtype"),
+    "a 0-d gate": ({"g": shaped()}, "zero-dim"),
     # Where not all is contiguous the op itself is asked what it gives.
     "a sum on another device": ({"a": shaped(4, 8, stride=(1, 4)), "add": shaped(4, 8, device="meta")}, "result"),
     "a sum laid out otherwise": ({"add": shaped(4, 8, stride=(1, 4))}, "stride"),
@@ -88,6 +98,28 @@ def test_stages_ask_the_same(change, code):
         _, report = fusionpass.rewrite(graph_module)
     assert [site.stages for site in report.rewrites] == [["gated_add"]]
     assert stops(report.rewrites[0])["residual"] == code
+
+
+@pytest.mark.parametrize(("owner", "code"), [(None, None), ("a", "in-place")])
+def test_a_residual_is_not_added_into_memory_that_others_read(owner, code):
+    """`sum += r`; no tracer records a sum in an input's memory, or there would be no site."""
+
+    def added(r, a, b, g):
+        total = formula(a, b, g)
+        total += r
+        return total
+
+    graph_module = recorded({}, added, ((4, 8), (4, 8), (4, 8), (4, 1)))
+    nodes = {node.name: node for node in graph_module.graph.nodes}
+    (written,) = (
+        node for node in nodes.values() if node.target in (operator.iadd, operator.add) and node.name != "add"
+    )
+    written.target = operator.iadd  # symbolic_trace writes it down as add
+    if owner:
+        nodes["add"].meta["val"] = nodes[owner].meta["val"]
+    with torch.no_grad():
+        _, report = fusionpass.rewrite(graph_module, verify=False)
+    assert stops(report.rewrites[0]).get("residual") == code
 
 
 # what is recorded of the projection's operands -> why it stays outside

@@ -2,12 +2,27 @@
 
 import operator
 import re
+from contextlib import nullcontext
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from programs import ALONE, abg, captured, fresh, operands, stops, through_export, through_make_fx
+from programs import (
+    ALONE,
+    DEVICE,
+    abg,
+    assert_no_less_exact,
+    captured,
+    checked,
+    doubled,
+    fresh,
+    operands,
+    stops,
+    through_export,
+    through_make_fx,
+)
 
 import fusionpass
 from fusionpass.catalog import RULES
@@ -42,6 +57,22 @@ def _owned_addcmul_(a, b, g):
     return (a * 2).addcmul_(S(g), b)
 
 
+def _product_in_place(a, b, g):
+    b = b * 1
+    b *= S(g)
+    return a + b
+
+
+def _sum_in_the_product(a, b, g):
+    p = S(g) * b
+    p += a
+    return p
+
+
+def _sigmoid_in_place_of_a_copy(a, b, g):
+    return a + (g * 1).sigmoid_() * b
+
+
 REWRITES = {
     "as written": lambda a, b, g: a + S(g) * b,
     "add swapped": lambda a, b, g: S(g) * b + a,
@@ -68,6 +99,19 @@ REWRITES = {
     "+= on a temporary": _owned_iadd,
     "add_ on a temporary": _owned_add_,
     "addcmul_ on a temporary": _owned_addcmul_,
+    "product in place": _product_in_place,
+    "sum in the product": _sum_in_the_product,
+    "sigmoid in place of a temporary": _sigmoid_in_place_of_a_copy,
+    "dropout that is off": lambda a, b, g: a + F.dropout(S(g) * b, 0.5, training=False),
+    "dropout of the sigmoid that is off": lambda a, b, g: a + F.dropout(S(g), 0.5, False) * b,
+    "index that adds a dim": lambda a, b, g: a + S(g[:, 0])[..., None] * b,
+    "unsqueeze of the sigmoid": lambda a, b, g: a + S(g[:, 0]).unsqueeze(-1) * b,
+    "view of the sigmoid": lambda a, b, g: a + S(g[:, 0]).view(-1, 1) * b,
+    "reshape of the sigmoid": lambda a, b, g: a + S(g.t()).reshape(-1, 1) * b,
+    "expand_as of the sigmoid": lambda a, b, g: a + S(g).expand_as(b) * b,
+    "expand of the sigmoid": lambda a, b, g: a + S(g).expand(4, 8) * b,
+    "view of the product": lambda a, b, g: a.view(2, 2, 8) + (S(g) * b).view(2, 2, 8),
+    "unsqueeze of the product": lambda a, b, g: a.unsqueeze(1) + (S(g) * b).unsqueeze(1),
     "b is a temporary": lambda a, b, g: a + S(g) * (b * 3),
     "no-op cast between": lambda a, b, g: a + (S(g) * b).to(a.dtype),
     "no-op contiguous between": lambda a, b, g: a + S(g).contiguous() * b,
@@ -176,9 +220,21 @@ def _iadd_seen_later(a, b, g):
 
 
 def _mul_in_place(a, b, g):
-    b = b * 1
     b *= S(g)
     return a + b
+
+
+def _mul_in_place_seen_later(a, b, g):
+    b = b * 1
+    view = b[:, ::2]
+    b *= S(g)
+    return a + b, view
+
+
+def _input_written(a, b, g):
+    m = S(g) * b
+    a.mul_(2)
+    return a + m
 
 
 def _sigmoid_in_place(a, b, g):
@@ -225,7 +281,14 @@ REFUSES = {
     "b broadcasts up": (lambda a, b, g: a + S(a) * b[:, :1], "shape"),
     "gate broadcasts the sum up": (lambda a, b, g: a[:1] + S(g) * b[:1], "shape"),
     "mixed dtype, a": (lambda a, b, g: a.double() + S(g) * b, "mixed-dtype"),
-    "mixed dtype, gate": (lambda a, b, g: a + S(g.half()) * b, "mixed-dtype"),
+    "mixed dtype, gate": (lambda a, b, g: a + S(g.double()) * b, "mixed-dtype"),
+    "mixed dtype, 0-d gate": (lambda a, b, g: a + S(g[0, 0].half()) * b, "mixed-dtype"),
+    "transposed sigmoid": (lambda a, b, g: a + S(g.t()).t() * b, "view-between"),
+    "transposed product": (lambda a, b, g: a.t() + (S(g) * b).t(), "view-between"),
+    "permuted product": (lambda a, b, g: a.t() + (S(g) * b).permute(1, 0), "view-between"),
+    "factor behind the product": (lambda a, b, g: a + (S(g) * b) * 0.5, "scaled"),
+    "mask behind the product": (lambda a, b, g: a + (S(g) * b) * (b > 0), "scaled"),
+    "mask of the sigmoid": (lambda a, b, g: a + S(g) * (g > 0) * b, "scaled"),
     "double": (lambda a, b, g: a.double() + S(g.double()) * b.double(), "dtype"),
     "complex b": (lambda a, b, g: a + S(g) * b.to(torch.complex64), "mixed-dtype"),
     "0-d gate": (lambda a, b, g: a + S(g[0, 0]) * b, "zero-dim"),
@@ -238,18 +301,26 @@ REFUSES = {
     "+= on an input": (_iadd_on_input, "in-place-visible"),
     "+= seen through a view": (_iadd_seen_later, "in-place-visible"),
     "product in place": (_mul_in_place, "in-place"),
+    "product in place, seen through a view": (_mul_in_place_seen_later, "in-place"),
+    "another input written": (_input_written, "mutation-between"),
     "sigmoid in place": (_sigmoid_in_place, "in-place"),
     "no_grad around the product": (_no_grad_between, "state-change-between"),
     "metadata mutation": (_metadata, "metadata-mutation"),
     "stride": (lambda a, b, g: (S(g) * b.t().contiguous().t()) + a, "stride"),
+    "dropout between": (lambda a, b, g: a + F.dropout(S(g) * b, 0.5, True), "dropout-between"),
+    "lerp": (lambda a, b, g: torch.lerp(a, b, S(g)), "other-form"),
+    "glu": (lambda a, b, g: a + F.glu(torch.cat((b, g.expand_as(b)), -1)), "other-form"),
+    "einsum": (lambda a, b, g: a + torch.einsum("to,th->th", S(g), b), "other-form"),
+    "index_add": (
+        lambda a, b, g: torch.index_add(a, 0, torch.arange(4, device=a.device), S(g) * b),
+        "other-form",
+    ),
     # look-alikes, which are no near misses at all
     "hardsigmoid": (lambda a, b, g: a + F.hardsigmoid(g) * b, None),
     "logsigmoid": (lambda a, b, g: a + F.logsigmoid(g) * b, None),
     "tanh": (lambda a, b, g: a + torch.tanh(g) * b, None),
     "sub": (lambda a, b, g: a - S(g) * b, None),
-    "lerp": (lambda a, b, g: torch.lerp(a, b, S(g)), None),
     "silu": (lambda a, b, g: a + F.silu(b), None),
-    "dropout between": (lambda a, b, g: a + F.dropout(S(g) * b, 0.5, True), None),
 }
 
 
@@ -267,6 +338,95 @@ def test_refused(function, code):
     torch.manual_seed(0)
     got = fusionpass.fuse(lambda *x: function(*x))(*inputs)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+MIXED = {
+    "float32 a": (F32, BF16, BF16),
+    "float32 b": (BF16, F32, BF16),
+    "float32 gate": (BF16, BF16, F32),
+    "float16 a": (F16, BF16, BF16),
+    "float16 gate": (BF16, BF16, F16),
+    "float16, and float32 gate": (F16, F16, F32),
+    "all three": (F16, BF16, F32),
+}
+
+
+def mixed(dtypes):
+    return [tensor.to(dtype) for tensor, dtype in zip(abg(), dtypes, strict=True)]
+
+
+@pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("tracer", ["dynamo", "fake"])
+def test_mixed_dtypes(dtypes, tracer):
+    """Computed in float32 and rounded once, to what the operands promote to."""
+    function, args = REWRITES["as written"], mixed(dtypes)
+    a, b, g = (tensor.float() for tensor in args)
+    with fusionpass.collect():
+        got = fusionpass.fuse(lambda *given: function(*given))(*args)
+    assert got.dtype == reduce(torch.promote_types, dtypes)
+    torch.testing.assert_close(got, (a + S(g) * b).to(got.dtype))
+    checked(function, args, tracer)
+
+
+@pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED)
+def test_mixed_dtypes_in_eagers_numerics(dtypes):
+    function, args = REWRITES["as written"], mixed(dtypes)
+    report = captured(function, *args, numerics="eager")
+    assert ([miss.code for miss in report.misses], report.rewrites) == (["mixed-dtype"], [])
+    torch._dynamo.reset()
+    got = fusionpass.fuse(lambda *given: function(*given), numerics="eager")(*args)
+    torch.testing.assert_close(got, function(*args), rtol=0, atol=0)
+
+
+def _autocast():
+    return torch.autocast(DEVICE, BF16)
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "make_fx", "export"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside, tracer):
+    """The projection joins, since autocast casts for it alone; the result has the dtype that eager's has."""
+
+    def projected(x, w, a, b):
+        return a + S(F.linear(x, w)) * F.linear(b, b)
+
+    def function(*args):
+        with _autocast() if inside else nullcontext():
+            return projected(*args)
+
+    args = operands((8, 6), (1, 6), (8, 8), (8, 8))
+    truth = projected(*doubled(args))
+    with nullcontext() if inside else _autocast():
+        want = function(*args)
+        if tracer == "dynamo":
+            with fusionpass.collect() as report:
+                got = fusionpass.fuse(lambda *given: function(*given))(*args)
+        else:
+            program, report = (through_make_fx if tracer == "make_fx" else through_export)(function, *args)
+            got = (program if tracer == "make_fx" else program.module())(*args)
+    assert ([site.stages for site in report.rewrites], report.misses) == ([["gate_projection", "gated_add"]], [])
+    assert_no_less_exact([got], [want], [truth], BF16)
+
+
+def test_gradients_under_autocast():
+    """They are those of eager's nodes but for roundings to bfloat16: no farther from the truth than eager's."""
+
+    def function(x, w, a, b):
+        return a + S(F.linear(x, w)) * F.linear(b, b)
+
+    def gradients(program, args, around):
+        leaves = [arg.detach().requires_grad_() for arg in args]
+        with around:
+            result = program(*leaves)
+        return torch.autograd.grad(result, leaves, torch.ones_like(result))
+
+    args = operands((8, 6), (1, 6), (8, 8), (8, 8))
+    with fusionpass.collect() as report:
+        got = gradients(fusionpass.fuse(lambda *given: function(*given)), args, _autocast())
+    assert [site.stages for site in report.rewrites] == [["gate_projection", "gated_add"]]
+    want, truth = gradients(function, args, _autocast()), gradients(function, doubled(args), nullcontext())
+    assert_no_less_exact(got, want, truth, BF16)
 
 
 PROJECTIONS = {

@@ -17,6 +17,8 @@ from programs import (
     operands,
     stops,
     tensors,
+    through_export,
+    through_make_fx,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -107,6 +109,11 @@ FINALIZED = {
     "masked and widened": lambda y, w, i, m: rows(y.masked_fill(col(m), 0).float() * col(w)).sum(1).to(y.dtype),
     "leading dims": _leading_dims,
     "a is written into": _sum_written_into,
+    "float32 y": lambda y, w, i, m: (rows(y).float().cos() * w[..., None]).sum(1).to(y.dtype),
+    "float16 y": lambda y, w, i, m: (rows(y.half().cos()) * w[..., None]).sum(1).to(y.dtype),
+    "float16 weights": lambda y, w, i, m: (rows(y) * w.half()[..., None]).sum(1).to(y.dtype),
+    "float32 y and weights": lambda y, w, i, m: rows((y.float().cos() * col(w.float().cos()))[i]).sum(1).to(y.dtype),
+    "the sum stays in float32": lambda y, w, i, m: (rows(y).float().cos() * w[..., None]).sum(1),
 }
 
 
@@ -240,6 +247,9 @@ NOT_FINALIZED = {
         "keepdim": lambda y, w, i, m: (rows(y) * w[..., None]).sum(1, keepdim=True).squeeze(1),
         "mean": lambda y, w, i, m: (rows(y) * w[..., None]).mean(1),
         "sum in float64": lambda y, w, i, m: (rows(y) * w[..., None]).sum(1, dtype=torch.float64).to(y.dtype),
+        "float64 y": lambda y, w, i, m: (rows(y).double() * w[..., None]).sum(1).to(y.dtype),
+        "float64 weights": lambda y, w, i, m: (rows(y) * w.double()[..., None]).sum(1).to(y.dtype),
+        "sum in float16": lambda y, w, i, m: (rows(y) * w[..., None]).sum(1, dtype=torch.float16).to(y.dtype),
         "no product": lambda y, w, i, m: rows(y).sum(1),
         "H weights a row": lambda y, w, i, m: (rows(y) * rows(y.cos())).sum(1),
         "einsum of something else": lambda y, w, i, m: torch.einsum("kt,tkh->th", w.t(), rows(y)),
@@ -255,8 +265,9 @@ NOT_FINALIZED = {
     },
     "shape": {"fewer rows than terms": lambda y, w, i, m: rows(y[:T][i % T] * col(w)).sum(1)},
     "dtype": {
-        "float32 y": lambda y, w, i, m: (rows(y).float().cos() * w[..., None]).sum(1).to(y.dtype),
-        "float16 weights": lambda y, w, i, m: (rows(y) * w.half()[..., None]).sum(1).to(y.dtype),
+        "int64 y": lambda y, w, i, m: (rows(y.long()) * w[..., None]).sum(1),
+        "int64 weights": lambda y, w, i, m: (rows(y) * m[..., None].long()).sum(1),
+        "bool weights": lambda y, w, i, m: (rows(y) * m[..., None]).sum(1),
     },
     "mutation-between": {f"{name} written": _written(index) for index, name in enumerate("ywim")}
     | {"weights written after their copy": _weights_written_after_their_copy},
@@ -319,6 +330,8 @@ ADDED = {
     "method": lambda r, s: r.add(s),
     "several later readers": lambda r, s: ((o := r + s), o * 2, o.amax(-1)),
     "strided residual": lambda r, s: s + r.t().contiguous().t(),
+    "sum += r": lambda r, s: s.add_(r),
+    "view of the sum += r": lambda r, s: halves(s).add_(halves(r)),
 }
 
 
@@ -329,10 +342,62 @@ def test_residual(name, tracer, dtype):
     assert site.kernels_after == 1
 
 
-def _residual_written_into(a, b, g, r):
+def _into_a_copy(a, b, g, r):
     r = r * 1
     r += a + S(g) * b
     return r
+
+
+def _into_an_input(a, b, g, r):
+    r += a + S(g) * b
+    return r, r[0]
+
+
+def _into_a_copy_that_others_read(a, b, g, r):
+    r = r * 1
+    view = r[:, ::2]
+    r += a + S(g) * b
+    return r, view
+
+
+def _into_an_operand(a, b, g, r):
+    b += a + S(g) * b
+    return b, r
+
+
+def _into_the_same_memory(a, b, g, r):
+    rows = halves(r)
+    rows += halves(a + S(g) * b)
+    return rows, r
+
+
+INTO = (_into_a_copy, _into_an_input, _into_a_copy_that_others_read, _into_an_operand, _into_the_same_memory)
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "make_fx", "export"])
+@pytest.mark.parametrize("function", INTO)
+def test_a_residual_that_is_written_into(function, tracer):
+    """What the op gives is copied into the residual's memory: results and inputs share what they share in eager."""
+
+    def shared(results, args):
+        memory = [t.untyped_storage()._cdata for t in (*results, *args)]
+        return [memory.index(key) for key in memory]
+
+    def run(program):
+        args = sums()
+        return (results := tensors(program(*args))), args, shared(results, args)
+
+    results, inputs, memory = run(function)
+    if tracer == "dynamo":
+        with fusionpass.collect() as report:
+            got, args, found = run(fusionpass.fuse(lambda *given: function(*given)))
+    else:
+        program, report = (through_make_fx if tracer == "make_fx" else through_export)(function, *sums())
+        got, args, found = run(program if tracer == "make_fx" else program.module())
+    assert [site.stages for site in report.rewrites] == [["gated_add", "residual"]]
+    assert found == memory
+    assert [t.stride() for t in got] == [t.stride() for t in results]
+    torch.testing.assert_close([*got, *args], [*results, *inputs])
 
 
 def _out(a, b, g, r):
@@ -360,7 +425,6 @@ def _no_grad_sum(a, b, g, r):
 
 NOT_ADDED = {
     "scaled": {"alpha=2": lambda r, s: torch.add(r, s, alpha=2)},
-    "in-place": {"r += sum": _residual_written_into, "sum += r": lambda r, s: s.add_(r)},
     "out-argument": {"out=": _out},
     "shape": {
         "[1, H] residual": lambda r, s: r[:1] + s,
@@ -373,6 +437,8 @@ NOT_ADDED = {
     "used-elsewhere": {
         "sum read twice": lambda r, s: (r + s, s),
         "view read twice": lambda r, s: (halves(r) + (v := halves(s)), v),
+        "sum += r, its view is read": lambda r, s: ((v := s[0]), s.add_(r), v),
+        "view of the sum += r, the sum is read": lambda r, s: (halves(s).add_(halves(r)), s),
     },
     "not-a-residual": {
         "added to itself": lambda r, s: s + s,

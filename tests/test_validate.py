@@ -38,6 +38,11 @@ def other(site, **changes):
     return changed
 
 
+def read(site, changed, gate, b):
+    """The changed site, and its gate and b: as viewed where they are the matcher's own."""
+    return changed, gate if changed.gate is site.gate else changed.gate, b if changed.b is site.b else changed.b
+
+
 def weighted(site, **changes):
     return other(site, finalize=Finalize(**{**vars(site.finalize), **changes}))
 
@@ -59,7 +64,11 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake, dtype, monkeypatch):
     build = replace._combine_call
-    monkeypatch.setattr(replace, "_combine_call", lambda graph, site: build(graph, MISTAKES[mistake](site)))
+
+    def mistaken(graph, site, gate, b):
+        return build(graph, *read(site, MISTAKES[mistake](site), gate, b))
+
+    monkeypatch.setattr(replace, "_combine_call", mistaken)
     with (
         torch.no_grad(),
         pytest.raises(fusionpass.VerificationFailed, match=r"verify: site \w+ \(.*finalize.*rms_norm"),
@@ -67,9 +76,17 @@ def test_a_mistake_is_found(mistake, dtype, monkeypatch):
         captured(region, *arguments(dtype))
 
 
+def added_to_itself(build):
+    """`_call` with b in place of a."""
+
+    def mistaken(graph, site, gate, b, options):
+        return build(graph, *read(site, other(site, a=b), gate, b), options)
+
+    return mistaken
+
+
 def test_a_mistake_in_the_core_is_found(monkeypatch):
-    build = replace._call
-    monkeypatch.setattr(replace, "_call", lambda graph, site, options: build(graph, other(site, a=site.b), options))
+    monkeypatch.setattr(replace, "_call", added_to_itself(replace._call))
     a, b, gate = operands((4, 8), (4, 8), (4, 1))
     with pytest.raises(fusionpass.VerificationFailed, match="the sum is .* the nodes give"):
         fusionpass.fuse(lambda a, b, g: a + S(g) * b)(a, b, gate)
@@ -80,9 +97,10 @@ def test_a_mistake_in_the_core_is_found(monkeypatch):
 def test_a_mistake_in_the_projection_is_found(monkeypatch):
     build = replace._call
 
-    def without_bias(graph, site, options):
+    def without_bias(graph, site, gate, b, options):
         found = site.projection
-        return build(graph, other(site, projection=Projection(found.x, found.weight, None)), options)
+        changed = other(site, projection=Projection(found.x, found.weight, None))
+        return build(graph, *read(site, changed, gate, b), options)
 
     monkeypatch.setattr(replace, "_call", without_bias)
     x, weight, bias, a, b = operands((4, 6), (1, 6), (1,), (4, 8), (4, 8))
@@ -116,8 +134,7 @@ def test_symbolic_sizes_are_verified_at_the_traced_ones():
 
 def test_a_rewritten_graph_is_given_up_whole(monkeypatch):
     """`rewrite` leaves the graph it was given as it was, also when verifying fails."""
-    build = replace._call
-    monkeypatch.setattr(replace, "_call", lambda graph, site, options: build(graph, other(site, a=site.b), options))
+    monkeypatch.setattr(replace, "_call", added_to_itself(replace._call))
 
     def function(a, b, g):
         return a + S(g) * b
