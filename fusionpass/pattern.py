@@ -169,6 +169,8 @@ def obstacle(words: Vocabulary, between: list[Node], source: Node, reader: Node,
             if not words.drops_nothing(node):
                 text = "{} reaches {} through {}, which drops some or may do so later"
                 return Refusal("dropout-between", text, source, reader, node)
+        elif words.operation(node.args[0]) == "dropout":
+            continue  # an element of its results: judged with it
         elif not is_identity(node) and not harmless(node):
             kind = "cast-between" if is_cast(node) else "view-between"
             return Refusal(kind, "{} reaches {} through {}", source, reader, describe(node, words))

@@ -103,6 +103,7 @@ FUNCTIONS: dict[Any, str] = {
     F.dropout: "dropout",
     torch.dropout: "dropout",
     aten.dropout.default: "dropout",
+    aten.native_dropout.default: "dropout",  # what it is on CUDA below autograd, with the mask as a second result
     torch.masked_fill: "masked_fill",
     aten.masked_fill.Scalar: "masked_fill",
 }

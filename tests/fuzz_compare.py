@@ -21,14 +21,14 @@ class Rounded(TorchDispatchMode):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.generator = torch.Generator(DEVICE).manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for value, declared in zip(tree_leaves(result), func._schema.returns, strict=False):
             fresh = declared.alias_info is None or declared.alias_info.is_write
             if fresh and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-                draw = torch.rand(value.shape, generator=self.generator, device=value.device) * 2 - 1
+                draw = (torch.rand(value.shape, generator=self.generator) * 2 - 1).to(value.device)
                 value.mul_(1 + draw * torch.finfo(value.dtype).eps)
         return result
 

@@ -130,8 +130,8 @@ def assert_only_sites_changed(before: GraphModule, after: GraphModule, report: f
             values = [f"{op}_sum", f"{op}_normed"] if "rms_norm" in site.stages else [f"{op}_sum"]
             assert [node.name for node in new[op].users] == values
         # Where views stand between the formula's nodes, the op reads views of the gate and b made for it.
-        made = [node for node in new[op].all_input_nodes if node.name not in old and node.op == "call_function"]
-        assert all(node.target in OPERAND_VIEWS and list(node.users) == [new[op]] for node in made)
+        made = [n for n in new[op].all_input_nodes if n.name not in old and n.target in OPERAND_VIEWS]
+        assert all(list(node.users) == [new[op]] for node in made)
         ops |= {node.name for node in made}
         renamed |= {value: new[value].meta["from_node"][0].name for value in values}
         for value in values:

@@ -103,7 +103,7 @@ def test_a_copy_inside_somebodys_compilation(duplicate):
 @pytest.mark.parametrize("duplicate", EVERY.values(), ids=EVERY)
 def test_other_instances_of_the_class_are_copied_as_they_were(duplicate):
     fusionpass.fuse(Block())
-    module = Block()
+    module = Block().to(DEVICE)
     module.remark = ["kept"]
     copied = duplicate(module)
     assert type(copied) is Block and "forward" not in copied.__dict__ and copied.remark == ["kept"]
