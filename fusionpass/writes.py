@@ -100,8 +100,8 @@ def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequ
         return (), False
     if is_packet_of_aten(target) or is_public(target) or _is_of_einops(target):
         return _written_by_function(node), False
-    # One of torch's inner modules, such as `torch.cuda.get_device_capability`, follows no naming rule: it may write all it is
-    # given, but it knows nobody else's tensors.
+    # Torch's inner functions, such as `torch.cuda.get_device_capability`, follow no naming rule: they may write all that
+    # they are given, but know nobody else's tensors.
     return node.all_input_nodes, not name_of(target)
 
 

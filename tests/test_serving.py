@@ -1,4 +1,4 @@
-"""Spellings of serving engines and of people: sums in float32, residuals written in place, views, statements; near misses."""
+"""Spellings of serving engines and of people: sums in float32, residuals in place, views, statements; near misses."""
 
 import pytest
 import torch
@@ -207,7 +207,10 @@ MISSES = {
     "einsum": (lambda a, b, g: a + torch.einsum("th,t->th", b, S(g).squeeze(-1)), "other-form"),
     "index_add": (lambda a, b, g: (S(g) * b).index_add(0, torch.arange(4, device=DEVICE), a), "other-form"),
     "a transpose after the sigmoid": (lambda a, b, g: a + S(g.view(2, 2)).t().reshape(4, 1) * b, "view-between"),
-    "a transpose after the product": (lambda a, b, g: a + (S(g) * b).view(2, 2, 8).transpose(0, 1).reshape(4, 8), "view-between"),
+    "a transpose after the product": (
+        lambda a, b, g: a + (S(g) * b).view(2, 2, 8).transpose(0, 1).reshape(4, 8),
+        "view-between",
+    ),
     "b.mul_(s) on an input": (lambda a, b, g: (b.mul_(S(g)), a + b)[1], "in-place"),
     "numbers read as others": (lambda a, b, g: a + (S(g) * b).view(torch.int32).view(F32), "view-between"),
 }  # fmt: skip
