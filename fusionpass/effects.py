@@ -100,7 +100,8 @@ class Effects:
             chain.append(node)
             source = _aliased_operand(node)
             if source is None:
-                self._storages[node] = self._own_storages(node)
+                inputs = node.all_input_nodes if may_be_its_input(node) else ()
+                self._storages[node] = self._own_storages(node).union(*map(self.storages, inputs))
                 break
             node = self._stands_for.get(source, source)
         keys = self._storages[node]
@@ -181,6 +182,19 @@ class Effects:
                 for storage in self.storages(node):
                     self._groups[storage].append(node)
         return self._groups[key]
+
+
+# Composite functions that hand on their input itself where they have nothing to do, though no schema says so; of some of
+# them fake tensors are fresh.
+_MAY_BE_ITS_INPUT = frozenset(
+    "dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d einsum type_as "
+    "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid to_dense positive".split()
+)
+
+
+def may_be_its_input(node: Node) -> bool:
+    """Whether the result may be one of the operands itself, or a view of it, without anything that says so."""
+    return torch_name(node) in _MAY_BE_ITS_INPUT
 
 
 def fills_its_memory(node: Node) -> bool:

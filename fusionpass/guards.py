@@ -207,6 +207,10 @@ def factors_owned(site: Site, effects: Effects) -> Refusal | None:
             return Refusal("in-place", "{} writes into {}, which {} shows or reads", node, written, reader)
         if len(readers(node)) != 1:
             return Refusal("in-place", "{} writes into {} and has {} users", node, written, len(readers(node)))
+        memory = effects.storages(written)
+        for name, operand in operands(site):  # h.sigmoid_(); a + h * h
+            if operand is not written and not effects.storages(operand).isdisjoint(memory):
+                return Refusal("in-place", "{} writes into {}, which is {} ({}) too", node, written, name, operand)
     return None
 
 

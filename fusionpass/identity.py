@@ -10,7 +10,9 @@ from __future__ import annotations
 import builtins
 import math
 import operator
+import os
 import sys
+import types
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch.fx import Node
 from fusionpass.private import OpOverload, OpOverloadPacket
 from fusionpass.tensors import value_of
 
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_COMPILED = (types.MethodDescriptorType, types.WrapperDescriptorType, types.BuiltinFunctionType)
 _NAMESPACES = ("aten", "prims", "prim")
 # Where torch's compiled functions live; a Python function is looked up in the module that it says it is from.
 _OWNERS = (
@@ -51,7 +55,20 @@ def torch_name(node: Node) -> str:
     if node.op != "call_method":
         return ""
     receiver = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
-    return str(node.target) if receiver is None or isinstance(receiver, torch.Tensor) else ""
+    name = str(node.target)
+    return name if (receiver is None or isinstance(receiver, torch.Tensor)) and _tensor_has(name) else ""
+
+
+def _tensor_has(name: str) -> bool:
+    """Whether Tensor's method of this name is torch's own. People add methods and patch them, so it is asked each time."""
+    method = getattr(torch.Tensor, name, None)
+    return isinstance(method, _COMPILED) or written_in_torch(method)
+
+
+def written_in_torch(function: Any) -> bool:
+    """By the file of its code: a patch made with `functools.wraps` has torch's name and module, but not its file."""
+    code = getattr(function, "__code__", None)
+    return code is not None and code.co_filename.startswith(_TORCH)
 
 
 @lru_cache(maxsize=4096)

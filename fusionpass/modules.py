@@ -7,14 +7,12 @@ not plain, and what is not plain may write any memory.
 
 from __future__ import annotations
 
-import os
-
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
+from fusionpass.identity import written_in_torch
 from fusionpass.private import _has_any_global_hook
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def is_plain(module: torch.nn.Module) -> bool:
@@ -40,15 +38,25 @@ def is_pure(module: torch.nn.Module | None) -> bool:
 
 def _is_of_torch(module: torch.nn.Module) -> bool:
     kind = type(module)
-    if not kind.__module__.startswith("torch.nn.modules") or "forward" in module.__dict__:
+    if not kind.__module__.startswith("torch.nn.modules") or not _REPLACEABLE.isdisjoint(module.__dict__):
         return False
-    return all(_written_in_torch(method) for method in (kind.forward, kind.__call__))
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return False
+    methods = (kind.forward, kind.__call__, kind._wrapped_call_impl, kind._call_impl)
+    return all(map(written_in_torch, methods)) and _functions_are_torchs()
 
 
-def _written_in_torch(function: object) -> bool:
-    """By the file of its code: a patch made with `functools.wraps` has torch's name and module, but not its file."""
-    code = getattr(function, "__code__", None)
-    return code is not None and code.co_filename.startswith(_TORCH)
+_REPLACEABLE = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
+
+
+def _functions_are_torchs() -> bool:
+    """Whether what the formula's modules call is torch's own: shims for adapters and quantised weights patch these."""
+    return (
+        F.linear is torch._C._nn.linear
+        and torch.sigmoid is torch._C._VariableFunctions.sigmoid
+        and written_in_torch(F.rms_norm)
+        and written_in_torch(F.dropout)
+    )
 
 
 def _keeps_state(module: torch.nn.Module) -> bool:

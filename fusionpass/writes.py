@@ -19,6 +19,7 @@ from torch.fx import Node
 from fusionpass.identity import inner_name, is_packet_of_aten, is_public, name_of, torch_name
 from fusionpass.modules import is_pure
 from fusionpass.private import HigherOrderOperator, OpOverload, OpOverloadPacket
+from fusionpass.tensors import value_of
 
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor iconcat setitem delitem".split()
@@ -28,14 +29,16 @@ _KEEP_STATISTICS = {
     "batch_norm": "training",
     "_batch_norm_impl_index": "training",
     "native_batch_norm": "training",
+    "_native_batch_norm_legit": "training",
     "cudnn_batch_norm": "training",
     "miopen_batch_norm": "training",
     "instance_norm": "use_input_stats",
 }
 # The same without such an argument, and those that renormalise a weight.
 _STATEFUL = frozenset(
-    "batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_update_stats _cudnn_rnn_flatten_weight "
-    "embedding_renorm_ _no_grad_embedding_renorm_ fused_moving_avg_obs_fake_quant sync_batch_norm".split()
+    "_batch_norm_with_update batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_update_stats "
+    "_cudnn_rnn_flatten_weight embedding_renorm_ _no_grad_embedding_renorm_ fused_moving_avg_obs_fake_quant "
+    "sync_batch_norm".split()
 )
 _RENORMALISING = frozenset("embedding embedding_bag".split())  # under max_norm
 METADATA_WRITES = frozenset(
@@ -88,7 +91,9 @@ def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequ
     if node.op == "call_module":
         return ((), False) if is_pure(modules.get(str(target))) else (node.all_input_nodes, True)
     if node.op == "call_method":
-        return _written_by_method(node), False
+        if torch_name(node):
+            return _written_by_method(node), False
+        return ((), False) if _is_of_a_number(node) else (node.all_input_nodes, True)
     if isinstance(target, OpOverload):
         return _schema_writes(target, node), False
     if isinstance(target, HigherOrderOperator):
@@ -103,6 +108,12 @@ def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequ
     # Torch's inner functions, such as `torch.cuda.get_device_capability`, follow no naming rule: they may write all that
     # they are given, but know nobody else's tensors.
     return node.all_input_nodes, not name_of(target)
+
+
+def _is_of_a_number(node: Node) -> bool:
+    """Whether the method is of a value that nobody can write: a size, a number, a dtype."""
+    receiver = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
+    return isinstance(receiver, (int, float, str, tuple, torch.SymInt, torch.SymFloat, torch.dtype, torch.device))
 
 
 def _written_by_method(node: Node) -> Sequence[Node]:
