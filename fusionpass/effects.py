@@ -229,9 +229,10 @@ def _aliased_operand(node: Node) -> Node | None:
     """The first operand whose memory the node's result shares by its schema, or that it takes an element of."""
     target = node.target
     if isinstance(target, OpOverload):
-        index = _aliased_argument(target)
-        if index is not None and index < len(node.args):
-            source = node.args[index]
+        found = _aliased_argument(target)
+        if found is not None:
+            index, name = found
+            source = node.args[index] if index < len(node.args) else node.kwargs.get(name)
             return source if isinstance(source, Node) else None
     if torch_name(node) == "getitem" and node.args and isinstance(node.args[0], Node):
         return node.args[0]
@@ -239,11 +240,11 @@ def _aliased_operand(node: Node) -> Node | None:
 
 
 @cache
-def _aliased_argument(target: OpOverload) -> int | None:
+def _aliased_argument(target: OpOverload) -> tuple[int, str] | None:
     schema = target._schema
     if all(result.alias_info is None for result in schema.returns):
         return None
     for index, argument in enumerate(schema.arguments):
         if argument.alias_info is not None:
-            return index
+            return index, argument.name
     return None

@@ -47,8 +47,19 @@ def place_of(graph_module: GraphModule) -> Place:
         frame = frame.f_back
     if function is None:
         return Place(None, piece)
-    whole = compiling is None or compiling is getattr(function, "__code__", None)
+    whole = compiling is None or compiling is _code_of(function)
     return Place(name_of(function), piece or not whole)
+
+
+def _code_of(function: Any) -> Any:
+    """The code that Dynamo compiles for it: of a module's call, which it reads through, that of `forward`."""
+    module = getattr(function, "__self__", None)
+    if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) in _CALLS:
+        function = module.forward
+    return getattr(function, "__code__", None)
+
+
+_CALLS = (torch.nn.Module._wrapped_call_impl, torch.nn.Module._call_impl, torch.nn.Module.__call__)
 
 
 def name_of(function: Any, args: Sequence[Any] = ()) -> Hashable:
