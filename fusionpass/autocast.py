@@ -40,7 +40,8 @@ def gated_add(
 def gate_projected_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    x, weight, bias = map(_cast, (x, weight, bias))
+    if weight.dim() > 1 or a.device.type != "cpu" or x.dtype != weight.dtype:  # a CPU's autocast leaves `mv` as it is
+        x, weight, bias = map(_cast, (x, weight, bias))
     with _DisableAutocast():
         return library.gate_projected_add(x, weight, bias, a, b, dtype=dtype)
 

@@ -36,7 +36,8 @@ class Run:
     streams: list[Tensor]
 
     def values(self) -> list[Tensor]:
-        return [t.detach() for t in self.tensors]
+        """As they are now: a later run writes into the tensor that the program knows by itself."""
+        return [t.detach().clone() for t in self.tensors]
 
 
 def built(source: str) -> SimpleNamespace:
