@@ -40,11 +40,15 @@ YES_IS_WRONG = re.compile("pure|plain|known|same|owned|identity|equal|torchs_own
 TESTS = "guards spellings traps contexts stages rewrite cost region backend direct fuse places".split()
 # Never of use against a mutant: they ask the kernels, the command line, whole models, or cost more than they would find.
 NOT = "ops ops_backward ops_layouts bench bench_model cli packaging examples hugging_face models scaling fuzz".split()
-NOT += "inductor ahead_of_time compiles targets no_formula render".split()
+NOT += "inductor ahead_of_time compiles targets no_formula render readme wrong_input caches tracers naming traffic".split()
+NOT += "notices recompile_limit observe outer copies ops_autocast ops_devices ops_dtypes ops_writes".split()
 OWN = {"stages": ("guards", "stages", "region"), "cost.py": ("cost",), "effects": ("traps",), "writes": ("traps",)}
 # That every code of the source is documented, and no other, would fail for each mutant and say nothing of the guard.
 OPTIONS = ("-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist", "--deselect")
 OPTIONS += ("tests/test_spellings.py::test_every_code_is_documented",)
+
+
+NOT_JUDGED = "NOT JUDGED "
 
 
 class Mutant(NamedTuple):
@@ -169,7 +173,8 @@ def killed_by(one: Mutant) -> str:
         copy = Path(folder)
         for name in ("fusionpass", "kernels", "tests"):
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
+        for name in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / name, copy)
         (copy / one.path).write_text(one.source)
         log = copy / "log"
         child = os.fork()
@@ -187,8 +192,11 @@ def killed_by(one: Mutant) -> str:
         _, status = os.waitpid(child, 0)
         if status == 0:
             return ""
-        failed = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0] if failed else f"status {status}"
+        lines = log.read_text().splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if not failed or "error" in lines[-1]:  # no test has judged: files that cannot be collected stop pytest as well
+            return NOT_JUDGED + (failed[0].split(" - ")[0] if failed else f"status {status}")
+        return failed[0].split(" - ")[0]
 
 
 def main() -> int:
@@ -213,7 +221,7 @@ def main() -> int:
     def judge(one: Mutant) -> None:
         start = time.monotonic()
         by = killed_by(one)
-        if not by:
+        if not by or by.startswith(NOT_JUDGED):
             survivors.append(one.place)
         print(f"{one.place}: {by or 'SURVIVED'} ({time.monotonic() - start:.0f} s)", flush=True)
 
