@@ -173,19 +173,23 @@ def differentiated(function: Callable, scope: SimpleNamespace, between: Callable
     return forward, values.tensors + gradients
 
 
+def nothing(args: list[Tensor], outputs: list[Tensor]) -> None:
+    """The caller writes nothing between forward and backward."""
+
+
 def assert_right_where_eager_raises(fused: Callable, scope: SimpleNamespace, error: str) -> None:
     """The op saves less than the nodes do, so a write to what they alone save (the sigmoid) does no harm. The gradients then
     have to be those of the values that forward has read: of a run that saves copies."""
 
-    def nothing(args: list[Tensor], outputs: list[Tensor]) -> None:
-        """The caller writes nothing: what it may write to is what both sides save."""
+    def of_copies() -> list[Tensor] | str:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            return differentiated(scope.program, scope, nothing)[1]
 
-    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
-        want = differentiated(scope.program, scope, nothing)[1]
+    want = of_copies()
     got = differentiated(fused, scope, nothing)[1]
     assert not isinstance(want, str), f"without the pass backward raises {error}"
     assert not isinstance(got, str), f"with the pass backward raises {got}"
-    assert_same(got, want, lambda: None)
+    assert_same(got, want, of_copies)
 
 
 def values_of(tensors: list[Tensor]) -> list[Tensor]:
@@ -198,17 +202,21 @@ def check_trained(source: str) -> int:
     attempted(scope.program, *inputs(scope.DTYPE, True))
     both = Both(scope.INNER, scope.NUMERICS)
     compiled = torch.compile(scope.program, backend=both)
+    # What AOTAutograd saves, and what it computes again from inputs, is its own choice: it keeps no promise to a caller who
+    # writes to them in between, with the pass or without.
+    between = scope.between if scope.INNER == "eager" else nothing
     try:
-        forward, want = attempted(differentiated, compiled, scope, scope.between)
+        forward, want = attempted(differentiated, compiled, scope, between)
     except Skipped:
         if both.error is not None:
             raise both.error from None
         raise
     with with_the_pass(both):
-        fused_forward, got = differentiated(compiled, scope, scope.between)
+        fused_forward, got = differentiated(compiled, scope, between)
     assert_equal_state(fused_forward, forward)
     if isinstance(want, str):
-        if not isinstance(got, str):
+        # A write through .data that nobody is told of reaches what is saved by reference, and not the copies.
+        if not isinstance(got, str) and ".data" not in source.partition("def between")[0]:
             with with_the_pass(both):
                 assert_right_where_eager_raises(compiled, scope, want)
         return both.sites
