@@ -162,7 +162,7 @@ def test_graph_breaks_are_grouped_by_reason():
 
 ZERO = {
     "no candidate": (report(), "0 rewritten in 1 graph: no sigmoid feeds a product that feeds an add"),
-    "no graph": (report(graphs=0), "0 rewritten: no graph was compiled"),
+    "no graph": (report(graphs=0), "0 rewritten: no graph was compiled with fusionpass"),
     "misses": (
         report([], [miss(1), miss(2)]),
         "0 rewritten in 1 graph, 2 near misses: 2 x multi-use (the product mul_1 has 2 users)",

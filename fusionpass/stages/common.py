@@ -39,7 +39,12 @@ def combinable(site: Site, options: Options) -> Refusal | None:
         return Refusal("numerics-eager", "numerics 'eager' keeps what is around {} as it is", site.add)
     a, gate = tensor_of(site.a), gate_sizes(site)
     if not same_sizes(gate, (*a.shape[:-1], 1)):
-        return Refusal("gate-columns", "the gate is {}, a {}", listed(gate), shape_text(a))
+        return Refusal(
+            "gate-columns",
+            "the gate has shape {}, and a {}: the stage needs one gate for each row",
+            listed(gate),
+            shape_text(a),
+        )
     columns = fixed(a.shape[-1])
     if columns is None:
         return Refusal("hidden-size", "a has {} columns, which no trace fixes", a.shape[-1])
@@ -48,7 +53,11 @@ def combinable(site: Site, options: Options) -> Refusal | None:
     if torch.is_grad_enabled():
         for node in site.add.all_input_nodes + site.product.all_input_nodes + site.sigmoid.all_input_nodes:
             if tensor_of(node) is not None and tensor_of(node).requires_grad:
-                return Refusal("needs-grad", "{} requires gradients, which only the formula's ops have", node)
+                return Refusal(
+                    "needs-grad",
+                    "{} requires gradients, and this stage has no backward: run under torch.no_grad() to let it join",
+                    node,
+                )
     return None
 
 
@@ -96,7 +105,11 @@ def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
             if tensor.device != total.device:
                 return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, total.device)
             if tensor.requires_grad and torch.is_grad_enabled():
-                return Refusal("needs-grad", "{} requires gradients, which only the formula's ops have", name)
+                return Refusal(
+                    "needs-grad",
+                    "{} requires gradients, and this stage has no backward: run under torch.no_grad() to let it join",
+                    name,
+                )
     return None
 
 

@@ -110,7 +110,12 @@ def _shapes(site: Site, found: Projection, words: Vocabulary) -> Refusal | None:
     if x is None or weight is None or (found.bias is not None and bias is None):
         return Refusal("no-metadata", "x, weight or bias of {} has no recorded tensor", site.gate)
     if not same_sizes(common.gate_sizes(site), (*a.shape[:-1], 1)):
-        return Refusal("gate-columns", "the gate is {}, a {}", shape_text(gate), shape_text(a))
+        return Refusal(
+            "gate-columns",
+            "the gate has shape {}, and a {}: the stage needs one gate for each row",
+            shape_text(gate),
+            shape_text(a),
+        )
     if x.dim() == 0 or weight.dim() not in (1, 2) or not known_equal(weight.numel(), x.shape[-1]):
         return Refusal("gate-columns", "x is {}, the weight {}", shape_text(x), shape_text(weight))
     if known_equal(x.shape[-1], 0):
