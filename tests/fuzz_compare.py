@@ -27,10 +27,15 @@ class Rounded(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value, declared in zip(tree_leaves(result), func._schema.returns, strict=False):
             fresh = declared.alias_info is None or declared.alias_info.is_write
-            if fresh and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            if fresh and isinstance(value, Tensor) and value.is_floating_point() and _has_its_own(value):
                 draw = (torch.rand(value.shape, generator=self.generator) * 2 - 1).to(value.device)
                 value.mul_(1 + draw * torch.finfo(value.dtype).eps)
         return result
+
+
+def _has_its_own(value: Tensor) -> bool:
+    """Whether there are elements, each with memory of its own: nothing can be written into an expanded tensor."""
+    return value.numel() > 0 and all(stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
 def spread(again: Callable[[], list[Tensor] | None], want: list[Tensor]) -> list[Tensor]:
