@@ -54,9 +54,10 @@ def torch_name(node: Node) -> str:
         return name_of(node.target)
     if node.op != "call_method":
         return ""
+    # A receiver without a recorded value is not known to be a tensor: the object may be the user's own.
     receiver = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
     name = str(node.target)
-    return name if (receiver is None or isinstance(receiver, torch.Tensor)) and _tensor_has(name) else ""
+    return name if isinstance(receiver, torch.Tensor) and _tensor_has(name) else ""
 
 
 def _tensor_has(name: str) -> bool:

@@ -124,6 +124,75 @@ def test_a_tensor_that_the_function_knows_by_itself():
     assert codes(report) == ["mutation-between"]
 
 
+# Results that are their inputs, though no schema says so.
+
+
+HANDED_ON = {
+    "F.dropout in eval": lambda x: F.dropout(x, 0.5, training=False),
+    "torch.dropout in eval": lambda x: torch.dropout(x, 0.5, False),
+    "torch.alpha_dropout in eval": lambda x: torch.alpha_dropout(x, 0.5, False),
+    "einsum of one": lambda x: torch.einsum("ij->ij", x),
+    "type_as": lambda x: x.type_as(x),
+    "atleast_1d": torch.atleast_1d,
+    "broadcast_tensors": lambda x: torch.broadcast_tensors(x, x)[0],
+    "to": lambda x: x.to(torch.float32),
+    "contiguous": lambda x: x.contiguous(),
+    "positive": lambda x: +x,
+}
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "make_fx", "pre_dispatch", "symbolic_trace"])
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_a_result_that_is_its_input(name, tracer):
+    """What is written through the second name is b, which the sum would read after the write."""
+
+    def function(a, g, b):
+        same = HANDED_ON[name](b)
+        product = S(g) * b
+        same.zero_()
+        return a + product
+
+    args = operands((4, 8), (4, 1), (4, 8))
+    with torch.no_grad():
+        want = function(*fresh(args))
+        if tracer == "dynamo":
+            got = fusionpass.fuse(lambda *given: function(*given))(*fresh(args))
+        else:
+            trace = {
+                "make_fx": make_fx(function),
+                "pre_dispatch": make_fx(function, pre_dispatch=True),
+                "symbolic_trace": lambda *given: torch.fx.symbolic_trace(function),
+            }[tracer]
+            graph = trace(*fresh(args))
+            after, report = fusionpass.rewrite(graph, fresh(args))
+            got = after(*fresh(args))
+            assert report.rewrites == []
+    torch.testing.assert_close(got, want)
+
+
+ONE_MEMORY = {
+    "both factors": lambda a, h: (h.sigmoid_(), a + h * h)[1],
+    "a and the gate": lambda a, h: (h.sigmoid_(), h + h * a)[1],
+    "a view of the gate": lambda a, h: (h.sigmoid_(), a + h * h[:])[1],
+    "a view written": lambda a, h: (h[:].sigmoid_(), a + h * h)[1],
+}
+
+
+@pytest.mark.parametrize("tracer", ["dynamo", "make_fx", "symbolic_trace"])
+@pytest.mark.parametrize("name", ONE_MEMORY)
+def test_a_factor_in_place_that_is_another_operand_too(name, tracer):
+    args = operands((4, 8), (4, 8))
+    function = ONE_MEMORY[name]
+    with torch.no_grad():
+        want = function(*fresh(args))
+        if tracer == "dynamo":
+            got = fusionpass.fuse(lambda *given: function(*given))(*fresh(args))
+        else:
+            graph = make_fx(function)(*fresh(args)) if tracer == "make_fx" else torch.fx.symbolic_trace(function)
+            got = fusionpass.rewrite(graph, fresh(args)).graph_module(*fresh(args))
+    torch.testing.assert_close(got, want)
+
+
 # Writes that nobody declares: x, a, g, running mean [1, 8], running variance [8].
 
 @torch.fx.wrap
@@ -145,6 +214,10 @@ STATISTICS = {
     ),
     "native_batch_norm": (
         lambda x, mean, var: torch.native_batch_norm(x, None, None, mean[0], var, True, 0.1, 1e-5)[0],
+        True,
+    ),
+    "_native_batch_norm_legit": (
+        lambda x, mean, var: torch.ops.aten._native_batch_norm_legit(x, None, None, mean[0], var, True, 0.1, 1e-5)[0],
         True,
     ),
     "aten.batch_norm": (
