@@ -62,13 +62,28 @@ def propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
     mode = modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
     fakes = _Fakes(mode)
     try:
-        with _random_streams_kept(), mode:
+        with _random_streams_kept(), _no_traceback_logged(), mode:
             inputs = tree_map(fakes.of, list(example_inputs))
             fakes.storages.clear()  # what the module holds, from here on
             _Recorder(graph_module, fakes, {}, lacks_values(graph_module)).run(*inputs, enable_io_processing=False)
     except Exception as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"example_inputs do not fit the graph: {type(error).__name__}: {first_line}") from error
+
+
+@contextmanager
+def _no_traceback_logged() -> Iterator[None]:
+    """torch logs the traceback of an op that inputs do not fit, besides raising the error that ours restates."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+
+    def other(record: logging.LogRecord) -> bool:
+        return record.exc_info is None
+
+    logger.addFilter(other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(other)
 
 
 def lacks_values(graph_module: GraphModule) -> bool:

@@ -130,11 +130,36 @@ def test_a_whole_graph_without_a_site_warns(caplog):
     assert [r.getMessage()[:11] for r in caplog.records if r.name == "fusionpass"] == ["0 rewritten"]
 
 
-def test_strict_raises_from_the_backend():
+class OwnModule(torch.nn.Module):
+    def forward(self, x):
+        return x.tanh()
+
+
+class Outer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = OwnModule()
+
+    def forward(self, x):
+        return self.inner(x) + 1
+
+
+# What torch.compile is given: a module is compiled by its call, through torch's frames or past them.
+WITHOUT_A_SITE = {
+    "a module of torch": torch.nn.Tanh(),
+    "a module of one's own": OwnModule(),
+    "a module within another": Outer(),
+    "a sequence": torch.nn.Sequential(OwnModule(), torch.nn.ReLU()),
+    "a function": lambda x: x.tanh(),
+    "a bound forward": OwnModule().forward,
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_SITE)
+def test_strict_raises_from_the_backend(name):
+    options = {"inner": "eager", "strict": True}
     with pytest.raises(Exception, match="0 rewritten .*option 'strict' is on"):
-        torch.compile(torch.nn.Tanh(), backend="fusionpass", options={"inner": "eager", "strict": True})(
-            operands((2, 2))[0]
-        )
+        torch.compile(WITHOUT_A_SITE[name], backend="fusionpass", options=options)(operands((2, 2))[0])
 
 
 def test_collecting_ends_with_its_block():

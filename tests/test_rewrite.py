@@ -140,9 +140,17 @@ BAD = {
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
-def test_bad_input(call, error, message):
+def test_bad_input(call, error, message, caplog):
     with pytest.raises(error, match=message):
         call()
+    assert [record for record in caplog.records if record.exc_info] == []  # torch logs no traceback of its own
+
+
+def test_sizes_that_do_not_fit_are_one_sentence(caplog):
+    graph = torch.fx.symbolic_trace(lambda a, b, g: a + S(g) * b)
+    with pytest.raises(ValueError, match="do not fit the graph: .*broadcast") as raised:
+        fusionpass.rewrite(graph, operands((4, 8), (4, 8), (3, 1)))
+    assert "\n" not in str(raised.value) and caplog.records == []
 
 
 def test_strict():
