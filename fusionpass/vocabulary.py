@@ -214,13 +214,17 @@ class Vocabulary:
 
     def operands(self, node: object, op: str) -> tuple[Any, ...] | None:
         """The operands when the node is a plain `op`, out of place or in place."""
+        if self.operation(node) not in (op, f"{op}_"):
+            return None
         meaning = self.meaning(node)
-        return meaning.operands if meaning is not None and meaning.op == op and meaning.oddity is None else None
+        return meaning.operands if meaning is not None and meaning.oddity is None else None
 
     def plain(self, node: object, op: str) -> tuple[Any, ...] | None:
         """The operands when the node is a plain, out-of-place `op`."""
+        if self.operation(node) != op:
+            return None
         meaning = self.meaning(node)
-        return None if meaning is None or meaning.in_place else self.operands(node, op)
+        return meaning.operands if meaning is not None and meaning.oddity is None else None
 
     def reduces(self, node: Node, dim: int, *, keepdim: bool) -> bool:
         """Whether a sum or mean is over just this dim of its input, and keeps its dtype."""
@@ -281,6 +285,8 @@ def _module_operands(node: Node) -> tuple[tuple[Any, ...], Refusal | None]:
 def _bind(node: Node, op: str) -> tuple[tuple[Any, ...], Refusal | None]:
     """The operands by parameter, and what in the call makes it more than the plain operation."""
     parameters = PARAMETERS[op]
+    if not node.kwargs and len(node.args) == len(parameters):
+        return node.args, None
     operands = list(node.args[: len(parameters)])
     rest = dict(node.kwargs)
     for index in range(len(operands), len(parameters)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -71,17 +71,44 @@ def is_functorch(node: Node) -> bool:
 
 def changes_state(node: Node) -> bool:
     """Whether later nodes run under another grad mode, autocast mode, functorch level or stream than earlier ones."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, OpOverload) and node.target.namespace == "streams":
+    return node.op == "call_function" and _changes_state(node.target)
+
+
+def _changes_state(target: Any) -> bool:
+    if isinstance(target, OpOverload) and target.namespace == "streams":
         return True
-    name = inner_name(node.target)
+    name = inner_name(target)
     return bool(name) and (
         name in _STATE_CHANGES
         or name.startswith(("_enter_", "_exit_", "_push_", "_pop_"))
         or name.endswith(_FUNCTORCH_LEVELS)
         or "stream" in name
         or name in ("record_event", "wait_event")
+    )
+
+
+def only_computes(node: Node) -> bool:
+    """Whether the node calls a function of torch that changes no state and writes nothing, whatever it is given: most nodes
+    of a graph, of which nothing more is asked."""
+    return node.op == "call_function" and _only_computes(node.target) and "out" not in node.kwargs
+
+
+@lru_cache(maxsize=4096)
+def _only_computes(target: Any) -> bool:
+    if isinstance(target, OpOverload):
+        if target.namespace not in ("aten", "prims") or target._schema.is_mutable:
+            return False
+        name = target.overloadpacket.__name__
+    else:
+        name = name_of(target)
+        if not (is_packet_of_aten(target) or is_public(target)) or "inplace" in (_parameters(target) or ()):
+            return False
+    return (
+        bool(name)
+        and not name.endswith("_")
+        and name.strip("_") not in _INPLACE_OPERATORS
+        and name not in _STATEFUL | _RENORMALISING | _KEEP_STATISTICS.keys()
+        and not _changes_state(target)
     )
 
 

@@ -1,6 +1,8 @@
 """No GPU: the real kernels run under Triton's interpreter, which must be chosen before triton is imported."""
 
+import dataclasses
 import os
+import types
 import zlib
 
 import torch
@@ -46,6 +48,36 @@ def guards_not_timed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._dynamo.guards, "profile_guard_manager", lambda *args: 0.0)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_in_a_hurry():
+    """Triton's interpreter without what costs most and finds nothing here: half of the time of an op that calls helpers.
+
+    It patches triton.language anew for each call of a helper inside a kernel, and triton.language.core for those of Triton's
+    own, which once is enough for; and it asserts of each sum and product of indices that they do not overflow, which those
+    of tensors of these sizes cannot.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        function = self.rewrite()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    patched = interpreter._patch_lang(types.SimpleNamespace(__globals__={"core": core}))
+    options = interpreter.interpreter_builder.options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+        yield
+    patched.restore()
 
 
 @pytest.fixture(autouse=True)
