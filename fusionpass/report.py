@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 _NO_GRAPH = (
-    "0 rewritten: no graph was compiled with fusionpass: nothing uses the backend or `fuse`, or what ran was compiled before "
-    "(fusionpass.explain compiles afresh), or it has no tensor operation that Dynamo sees"
+    "0 rewritten: no graph was compiled with fusionpass: nothing uses the backend or `fuse`, or what ran was compiled "
+    "before (fusionpass.explain compiles afresh), or it has no tensor operation that Dynamo sees"
 )
 
 
