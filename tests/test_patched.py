@@ -1,4 +1,4 @@
-"""What people patch in torch itself (methods of Tensor, functions, a module's call): what is not torch's own runs as it is."""
+"""What people patch in torch itself (methods of Tensor, functions, calls of modules): what is not torch's own stays."""
 
 import functools
 
