@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract, gated_add
+from . import gate_projected_add_aten as aten
+from . import gated_add
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
+from .contract import result_dtype
 from .dependent import dependent_launch
-from .launching import Calls, Launch, Launches, Result, layouts, prepared, warps_for
+from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared, warps_for
 from .layout import last_offset, row_offset, row_runs
 from .pointers import GRID_LIMIT, needs_int64
 
@@ -43,6 +45,7 @@ SPLITS = ((8, 0, 4), (48, 2048, 2))  # up to so many rows, of more than so many 
 # A sum over fewer warps is sooner done: with 8 for 16 32 x 4096 takes 1.76 us for 1.80, but 32 x 7168 2.17 for 1.95; and
 # 256 x 4096 3.33 for 3.27, 16384 x 4096 174.2 for 173.2.
 FEW_WARPS, FEW_WARPS_UP_TO, FEW_WARPS_ROWS = 8, 4096, 128
+POINTERS = ("X", "W", "BIAS", "A", "B", "Y", "LOGIT")
 
 
 def gate_projected_add_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -147,16 +150,28 @@ def _prepared(
     # Lanes past the end are masked, and their offsets still must not wrap around.
     idle = [block_k * columns[0], block_k * w_col, *(block_h * column for column in columns[1:])]
     wide = needs_int64(max((k - 1) * w_col, *last) + max(idle))
-    numbers = [rows[0], columns[0], w_col]
-    for row, column in zip(rows[1:], columns[1:], strict=True):
-        numbers += [row, column]
     # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
     precise = y.dtype == torch.float32
     device = y.get_device()
     dependent = dependent_launch(device)
-    numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent]
     itemsize = min(tensor.element_size() for tensor in (x, a, b, y))
-    numbers += [vector(rows, itemsize), k, h, block_k, block_h]
+    numbers = {f"{name}_row": row for name, row in zip("xaby", rows, strict=True)}
+    numbers |= {f"{name}_col": column for name, column in zip("xaby", columns, strict=True)}
+    numbers |= {
+        "w_col": w_col,
+        "HAS_BIAS": bias is not None,
+        "KEEP_LOGIT": keep_logit,
+        "WIDE": wide,
+        "PRECISE": precise,
+        "INTERPRETED": INTERPRETED,
+        "DEPENDENT": dependent,
+        "VECTOR": vector(rows, itemsize),
+        "K": k,
+        "H": h,
+        "BLOCK_K": block_k,
+        "BLOCK_H": block_h,
+    }
+    arguments = in_order(gate_projected_add_kernel, POINTERS, numbers)
     dtypes = x.dtype, a.dtype, b.dtype, y.dtype
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     programs = triton.cdiv(h, block_h)
@@ -167,7 +182,7 @@ def _prepared(
             of_x, of_a, of_b, of_y = (
                 row_offset(start + first, tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)
             )
-            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (dtypes, *numbers), **options)
+            launch = Launch(gate_projected_add_kernel, device, blocks, arguments, (dtypes, *arguments), **options)
             launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y, start + first if keep_logit else 0]))
     return prepared(launches)
 
@@ -217,8 +232,8 @@ def gate_projected_add(
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
-        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        aten.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
         known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), _call(y, x, weight, bias, a, b)))
     result, call = known
     y = result.empty(a)
@@ -238,8 +253,8 @@ def gate_projected_add_and_logit(
     key = dtype, *layouts(x, weight, bias, a, b)
     known = _with_logit.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
-        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        aten.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
         call = _call(y, x, weight, bias, a, b, keep_logit=True)
         known = _with_logit.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known

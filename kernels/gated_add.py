@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract
+from . import gated_add_aten as aten
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .contract import result_dtype
 from .dependent import dependent_launch
-from .launching import Calls, Launch, Launches, Result, layouts, prepared
+from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared
 from .layout import broadcast_strides, collapse, last_offset
 from .pointers import needs_int64
 
@@ -36,6 +37,7 @@ ROW_BLOCKS = ((2**19, 1024, 8), (None, 2048, 8))
 MOST_IDLE = 1.25
 BLOCK = 1024  # of any other layout. 4 warps x 32 lanes x 8 elements: one 16-byte access per lane and tensor in bf16
 LOOPS = 4  # dims the kernel for any layout walks itself; the host walks those beyond
+POINTERS = ("A", "G", "B", "Y")  # of both kernels
 
 
 def gated_add_reference(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
@@ -155,12 +157,28 @@ def _rows_launch(device, dtypes, sizes, strides, shape, eager) -> Launch | None:
     blocks = triton.cdiv(numel, block) if flat else rows * per_row
     furthest = (last_offset(sizes, operand) + block for operand in strides)
     wide = needs_int64(max(*furthest, blocks * block))
-    constants = (h, flat, wide, eager, _precise(dtypes[-1], eager), INTERPRETED, dependent, block)
+    numbers = {
+        "numel": numel,
+        "a_row": a,
+        "g_row": g,
+        "b_row": b,
+        "y_row": y,
+        "H": h,
+        "FLAT": flat,
+        "WIDE": wide,
+        "EAGER": eager,
+        "PRECISE": _precise(dtypes[-1], eager),
+        "INTERPRETED": INTERPRETED,
+        "DEPENDENT": dependent,
+        "BLOCK": block,
+    }
+    arguments = in_order(gated_add_rows_kernel, POINTERS, numbers)
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, a, g, b, y, *constants)
-    return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), compiled_for, **options)
+    # Of `numel` Triton compiles in no more than this.
+    compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, arguments[1:])
+    return Launch(gated_add_rows_kernel, device, blocks, arguments, compiled_for, **options)
 
 
 def _precise(dtype: torch.dtype, eager: bool) -> bool:
@@ -189,12 +207,20 @@ def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> L
     numel = prod(sizes)
     wide = needs_int64(max(numel + BLOCK, *(last_offset(sizes, operand) for operand in strides)))
     dims = len(sizes)
-    numbers = ([1] * (LOOPS - dims) + sizes)[1:]
-    for operand in strides:
-        numbers += [0] * (LOOPS - dims) + operand
-    constants = (dims, wide, eager, _precise(y.dtype, eager), INTERPRETED, BLOCK)
+    missing = LOOPS - dims
+    numbers = {"numel": numel} | {f"n{dim}": n for dim, n in enumerate([1] * missing + sizes) if dim}
+    for name, operand in zip("agby", strides, strict=True):
+        numbers |= {f"{name}{dim}": stride for dim, stride in enumerate([0] * missing + operand)}
+    numbers |= {
+        "DIMS": dims,
+        "WIDE": wide,
+        "EAGER": eager,
+        "PRECISE": _precise(y.dtype, eager),
+        "INTERPRETED": INTERPRETED,
+        "BLOCK": BLOCK,
+    }
+    arguments = in_order(gated_add_kernel, POINTERS, numbers)
     blocks = triton.cdiv(numel, BLOCK)  # the grid's limit, 2**31 - 1 blocks, is 2**41 elements
-    arguments = (numel, *numbers, *constants)
     launch = Launch(gated_add_kernel, device, blocks, arguments, (dtypes, *arguments), enable_fp_fusion=not eager)
     return prepared([(launch, each) for each in offsets])
 
@@ -225,8 +251,8 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype:
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gated_add(a, gate, b, numerics, dtype)
-        y = aten.empty_sum(a, gate, b, contract.result_dtype(dtype, a, gate, b))
+        aten.check_gated_add(a, gate, b, numerics, dtype)
+        y = aten.empty_sum(a, gate, b, result_dtype(dtype, a, gate, b))
         call = _prepared(y, a, gate, b, numerics) if y.numel() else None
         known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known

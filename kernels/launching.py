@@ -8,7 +8,7 @@ and from then on its launcher is called directly, with addresses for tensors: 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,35 @@ def _launcher(compiled: Any) -> tuple[Callable, tuple]:
     return run, (compiled.function, *unheard)
 
 
-# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Kernels are not freed.
-_variants: dict[tuple, dict[Any, tuple[Callable, tuple]]] = {}
+class Calls(dict):
+    """Prepared calls by the layouts of their operands; of the oldest half is forgotten when there are too many."""
+
+    LIMIT = 4096
+
+    def keep(self, key: Any, call: Any) -> Any:
+        if len(self) >= self.LIMIT:
+            for old in list(self)[: self.LIMIT // 2]:
+                self.pop(old, None)
+        self[key] = call
+        return call
+
+
+# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Where every call brings
+# another layout, each has an entry here, so it has a limit as the calls have. A call that is kept holds its own variants:
+# what is forgotten here is found again by one ordinary launch, since Triton keeps every kernel that it compiled.
+_variants = Calls()
+
+
+def in_order(kernel: Any, pointers: Sequence[str], numbers: Mapping[str, Any]) -> tuple:
+    """The numbers, by the names that they have in the kernel's signature, in its order, which starts with the pointers.
+
+    Raises:
+        TypeError: the kernel's signature is another.
+    """
+    names, count = kernel.arg_names, len(pointers)
+    if list(names[:count]) != list(pointers) or set(names[count:]) != set(numbers):
+        raise TypeError(f"{kernel} takes {', '.join(names)}; given: {', '.join((*pointers, *numbers))}")
+    return tuple([numbers[name] for name in names[count:]])
 
 
 def warps_for(columns: int, per_warp: int, most: int) -> int:
@@ -59,8 +86,8 @@ def warps_for(columns: int, per_warp: int, most: int) -> int:
 class Launch:
     """One kernel over `blocks` programs, with every argument but its pointers, on tensors of one device.
 
-    `device` is its index, -1 for the CPU. `arguments` are in the kernel's order, constexprs included, and follow the
-    pointers. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
+    `device` is its index, -1 for the CPU. `arguments` follow the pointers in the kernel's order, constexprs included: see
+    `in_order`. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
     so that a new number of rows, which is in none of it, costs no look at the arguments either.
     """
 
@@ -83,7 +110,9 @@ class Launch:
         self._blocks = blocks
         self._arguments = tuple(arguments)
         self._options = options
-        self._variants = _variants.setdefault((id(kernel), device, compiled_for, *options.items()), {})
+        key = id(kernel), device, compiled_for, *options.items()
+        variants = _variants.get(key)
+        self._variants = _variants.keep(key, {}) if variants is None else variants
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run on the current stream of the device."""
@@ -151,19 +180,6 @@ class Result:
         if self._current:
             return _empty_strided_cuda(self._shape, self._strides, self._dtype)
         return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=a.device)
-
-
-class Calls(dict):
-    """Prepared calls by the layouts of their operands; of the oldest half is forgotten when there are too many."""
-
-    LIMIT = 4096
-
-    def keep(self, key: Any, call: Any) -> Any:
-        if len(self) >= self.LIMIT:
-            for old in list(self)[: self.LIMIT // 2]:
-                self.pop(old, None)
-        self[key] = call
-        return call
 
 
 def layouts(*tensors: Tensor | None) -> tuple:

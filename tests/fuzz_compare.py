@@ -35,7 +35,9 @@ class Rounded(TorchDispatchMode):
 
 def _has_its_own(value: Tensor) -> bool:
     """Whether there are elements, each with memory of its own: nothing can be written into an expanded tensor."""
-    return value.numel() > 0 and all(stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.numel() > 0 and all(
+        stride or size == 1 for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
 
 
 def spread(again: Callable[[], list[Tensor] | None], want: list[Tensor]) -> list[Tensor]:

@@ -40,7 +40,9 @@ YES_IS_WRONG = re.compile("pure|plain|known|same|owned|identity|equal|torchs_own
 TESTS = "guards spellings traps contexts stages rewrite cost region backend direct fuse places".split()
 # Never of use against a mutant: they ask the kernels, the command line, whole models, or cost more than they would find.
 NOT = "ops ops_backward ops_layouts bench bench_model cli packaging examples hugging_face models scaling fuzz".split()
-NOT += "inductor ahead_of_time compiles targets no_formula render readme wrong_input caches tracers naming traffic".split()
+NOT += (
+    "inductor ahead_of_time compiles targets no_formula render readme wrong_input caches tracers naming traffic".split()
+)
 NOT += "notices recompile_limit observe outer copies ops_autocast ops_devices ops_dtypes ops_writes".split()
 OWN = {"stages": ("guards", "stages", "region"), "cost.py": ("cost",), "effects": ("traps",), "writes": ("traps",)}
 # That every code of the source is documented, and no other, would fail for each mutant and say nothing of the guard.

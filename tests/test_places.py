@@ -118,9 +118,7 @@ COLUMNS, OTHER = "gate-columns", "not-a-projection"
 PLACES = {
     # adaLN's b is float32 on purpose: where the rest is bfloat16, the sum is promoted
     "esmfold2 diffusion layer": Place(other.esmfold2_diffusion, [CORE] * 4, stopped=[COLUMNS] * 4),
-    "esmfold2 diffusion layer, bf16": Place(
-        bf16(other.esmfold2_diffusion), [CORE] * 4, stopped=[COLUMNS] * 4
-    ),
+    "esmfold2 diffusion layer, bf16": Place(bf16(other.esmfold2_diffusion), [CORE] * 4, stopped=[COLUMNS] * 4),
     # the product comes back from a submodule; the gate is [B, N, N, C]
     "esmfold2 pair update": Place(other.esmfold2_pair, [CORE] * 2, stopped=[COLUMNS] * 2),
     "esmfold2 pair update, bf16": Place(bf16(other.esmfold2_pair), [CORE] * 2, stopped=[COLUMNS] * 2),

@@ -154,7 +154,9 @@ def test_views(name, tracer):
 UNPROJECTED = {
     "a view after the sigmoid": lambda a, b, g: a + S(g.view(4)).view(4, 1) * b,
     "a view after the product": lambda a, b, g: a.view(2, 2, 8) + (S(g) * b).view(2, 2, 8),
-    "a full gate, viewed after the product": lambda a, b, g: a.view(2, 2, 8) + (S(g.expand(4, 8) * b) * b).view(2, 2, 8),
+    "a full gate, viewed after the product": lambda a, b, g: (
+        a.view(2, 2, 8) + (S(g.expand(4, 8) * b) * b).view(2, 2, 8)
+    ),
     "p = s * b; p += a": lambda a, b, g: (S(g) * b).add_(a),
     "b.mul_(s) as a statement": lambda a, b, g: (b := b * 1, b.mul_(S(g)), a + b)[2],
     "g.sigmoid_() as a statement": lambda a, b, g: (g := g * 1, g.sigmoid_(), a + g * b)[2],
@@ -235,7 +237,10 @@ def test_a_subclass_elsewhere_is_no_reason():
     class Model(torch.nn.Module):
         def __init__(self, gate):
             super().__init__()
-            self.gate, self.weight = gate, torch.nn.Parameter(TwoTensor(torch.eye(8), torch.eye(8)), requires_grad=False)
+            self.gate, self.weight = (
+                gate,
+                torch.nn.Parameter(TwoTensor(torch.eye(8), torch.eye(8)), requires_grad=False),
+            )
 
         def forward(self, a, b, x):
             other = F.linear(x, self.weight)

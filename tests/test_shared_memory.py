@@ -195,6 +195,7 @@ def test_a_factor_in_place_that_is_another_operand_too(name, tracer):
 
 # Writes that nobody declares: x, a, g, running mean [1, 8], running variance [8].
 
+
 @torch.fx.wrap
 def kept(mean):
     mean.add_(1)

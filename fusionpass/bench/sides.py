@@ -38,13 +38,8 @@ def sides_of(op_name: str, *, tuned: bool) -> list[Side]:
     if tuned:
         functions["tuned"] = torch.compile(op.eager, options={"coordinate_descent_tuning": True}, **fixed)
     sides = [Side(name, function, op.eager) for name, function in functions.items()]
-    if op_name == "gated_add":
-        sides.append(Side("add", _add, _add))
+    sides += [Side(name, function, function) for name, function in op.beside.items()]
     return [*sides, Side("here", op.here, op.eager)]
-
-
-def _add(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
-    return torch.add(a, b)
 
 
 def calls_of(function: Callable[..., Tensor], sets: Sequence[Operands]) -> list[Call]:
