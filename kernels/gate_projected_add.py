@@ -31,19 +31,14 @@ from .layout import last_offset, row_offset, row_runs
 from .pointers import GRID_LIMIT, needs_int64
 
 BLOCK_LIMIT = 8192  # columns of one program; H beyond takes more programs, K beyond more rounds
-# A program that has all of its row in flight at once beats one that loops over it: 32 x 4096 in 2.6 us against 5.1 with
-# blocks of 1024, 16384 x 4096 in 121.6 against 124.0 (H200, bf16; torch.compile takes 8.8 for the former).
+# A program that has all of its row in flight at once beats one that loops over it. The numbers behind these constants are
+# in fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256  # 32 lanes x 8 elements, one 16-byte access in bf16
 MOST_WARPS = 16
 
-# Few rows leave most of the chip idle: several programs share one, each with the whole dot product. H100, bf16, us, by
-# programs a row, operands in the L2 cache:     1     2     4              1     2     4              1     2     4
-#                                8 x 4096    1.72  1.64  1.61  32 x 4096 1.81  1.76  1.87  64 x 4096 1.89  1.97  2.01
-#                                8 x 7168    2.06  1.85  1.77  32 x 7168 2.17  1.95  2.04  64 x 7168 2.35  2.33  2.52
-#                                8 x 2048    1.55  1.52  1.55  32 x 2048 1.61  1.63  1.73
+# Few rows leave most of the chip idle: several programs share one, each with the whole dot product.
 SPLITS = ((8, 0, 4), (48, 2048, 2))  # up to so many rows, of more than so many columns: programs a row
-# A sum over fewer warps is sooner done: with 8 for 16 32 x 4096 takes 1.76 us for 1.80, but 32 x 7168 2.17 for 1.95; and
-# 256 x 4096 3.33 for 3.27, 16384 x 4096 174.2 for 173.2.
+# A sum over fewer warps is done sooner. Longer rows, and many rows, want more of them.
 FEW_WARPS, FEW_WARPS_UP_TO, FEW_WARPS_ROWS = 8, 4096, 128
 POINTERS = ("X", "W", "BIAS", "A", "B", "Y", "LOGIT")
 
@@ -224,7 +219,7 @@ def gate_projected_add(
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
-    # `layouts` spelled out, and flat: 1.2 us for three tensors, where it takes 1.5.
+    # `layouts` written out, and flat: it costs the CPU less.
     key = (
         x.shape, x.stride(), weight.shape, weight.stride(), a.shape, a.stride(), b.shape, b.stride(),
         x.dtype, weight.dtype, a.dtype, b.dtype, x.get_device(), weight.get_device(), a.get_device(), b.get_device(),

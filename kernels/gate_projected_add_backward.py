@@ -28,8 +28,7 @@ from .launching import Calls, Launch, in_order, layouts
 from .pointers import needs_int64
 
 COLUMNS_LIMIT = 8192  # a thread holds five values of each of its 16 columns; twice as many spill registers
-# H200, bf16, 4096 x 4096: 2 programs per multiprocessor take 50.0 us, 1 takes 69.3, 3 take 53.5, 4 take 55.6;
-# torch.compile's kernels take 74.1 and eager's 129.
+# The best of 1 to 4: see fusionpass/bench/measured.md.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 SUM_ROWS, SUM_COLUMNS = 64, 32
 POINTERS = ("DY", "X", "W", "LOGIT", "B", "DX", "DB", "SUMS", "BIAS_SUMS")

@@ -28,9 +28,8 @@ from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepa
 from .layout import broadcast_strides, collapse, last_offset
 from .pointers import needs_int64
 
-# (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. Measured on
-# an H200, bf16, against torch.compile's kernel: of 512, 1024 and 2048 elements with 1 to 8 warps the first is within 1%
-# of it or ahead at all of 1 to 64 rows of 2048 to 7168; at 256 x 4096 the second takes 0.90 of its time.
+# (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. These two won
+# among 512, 1024 and 2048 elements with 1 to 8 warps: see fusionpass/bench/measured.md.
 ROW_BLOCKS = ((2**19, 1024, 8), (None, 2048, 8))
 # Rows are read as one flat piece where blocks of their own would be this much longer: at 3000, not at 5120 and 7168, where
 # one logit for each block beats one for each element.
@@ -244,7 +243,7 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype:
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
-    # `layouts` spelled out, and flat: 1.2 us, where it takes 1.5.
+    # `layouts` written out, and flat: it costs the CPU less.
     key = (
         numerics, dtype, a.shape, a.stride(), gate.shape, gate.stride(), b.shape, b.stride(), a.dtype, gate.dtype, b.dtype,
         a.get_device(), gate.get_device(), b.get_device(),

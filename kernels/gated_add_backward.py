@@ -20,7 +20,7 @@ from .launching import Calls, Launch, in_order, layouts, warps_for
 from .pointers import GRID_LIMIT, needs_int64
 
 COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
-# H200, bf16, 4096 x 4096: one block of 4096 a row takes 25.3 us, two of 2048 take 25.7, torch.compile's kernel 27.8.
+# One block a row beats two of half its length, and torch.compile's kernel: see fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256
 MOST_WARPS = 16
 POINTERS = ("DY", "G", "B", "DG", "DB")

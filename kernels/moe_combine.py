@@ -42,8 +42,8 @@ from .layout import contiguous_strides
 from .moe_combine_aten import TENSORS, Arguments, check_moe_combine
 from .pointers import needs_int64
 
-# Of a thread, for terms that are on their way. One H100, bf16, operands in the L2 cache, 10 terms: 1 x 2048 takes 2.25 us
-# with 40 and 2.51 with 24, 128 x 2048 3.48 and 4.08, 32 x 4096 3.35 and 3.37, 32 x 7168 4.81 and 4.78; 80 change nothing.
+# Of a thread, for terms that are on their way. With fewer, short rows wait for memory; more change nothing: see
+# fusionpass/bench/measured.md.
 REGISTERS = 40
 
 
