@@ -3,7 +3,8 @@
 eager     the expression as written
 compile   torch.compile(expression, dynamic=False, fullgraph=True)
 tuned     the same with coordinate_descent_tuning
-add       gated_add only: one torch.add(a, b), the same bytes without the gate, so what is within reach of a kernel
+add       gated_add only: one torch.add(a, b), the same bytes without the gate, so what is within reach of a kernel. An op
+          declares such a side as `beside` of its case
 here      torch.ops.fusionpass
 """
 
