@@ -1,13 +1,6 @@
-"""The registered ops, `torch.ops.fusionpass.*`, and `gated_add`, the function for people.
+"""`gated_add`, the function for people, and what holds for all registered ops, `torch.ops.fusionpass.*`.
 
-    fusionpass::gated_add            y = a + sigmoid(gate) * b
-    fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b
-    fusionpass::moe_combine          the second with its neighbours: top-k finalize, residual add, RMSNorm
-    fusionpass::_gated_add_out       the first, written into a given tensor; behind `gated_add(..., out=)`
-    fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
-    fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
-
-All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape and strides of the first two are
+`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape and strides of the first two are
 those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
 `moe_combine` are contiguous.
 
