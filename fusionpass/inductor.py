@@ -1,10 +1,11 @@
 """While Inductor traces, the ops are what Inductor makes the best of: a launch of our kernel, or the plain expression.
 
 An opaque op costs Inductor's code a call through the dispatcher, several times the CPU time of an eager kernel: in a decode
-step without CUDA graphs that is more than the launches it replaces (`bench/measured.md`). So on a CUDA device an op is allocations and one kernel launch, which Inductor makes as it makes its own; or its expression,
-where Inductor's kernel ties with ours and its neighbours can join. Where the ops are ATen expressions anyway, as on a CPU,
-all are. Each op's `under_inductor` says which. AOTInductor gets the same, so that its packages call no Python. Elsewhere
-(eager, aot_eager, export) an op stays one node: functionalization would clone the results of the launch.
+step without CUDA graphs that is more than the launches it replaces (`bench/measured.md`). So on a CUDA device an op is
+allocations and one kernel launch, which Inductor makes as it makes its own. Or it is its expression, where Inductor's kernel
+is as fast as ours and neighbours can join it. Where the ops are ATen expressions anyway, as on a CPU, all are. Each op's
+`under_inductor` says which. AOTInductor gets the same, so that its packages call no Python. Elsewhere (eager, aot_eager,
+export) an op stays one node: functionalization would clone the results of the launch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`gated_add`, the function for people, and what holds for all registered ops, `torch.ops.fusionpass.*`.
 
-`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape and strides of the first two are
-those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
-`moe_combine` are contiguous.
+`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape
+and strides of `gated_add` and `gate_projected_add` are those of the eager expression `a + torch.sigmoid(gate) * b`, whatever
+the layout of the operands; the results of `moe_combine` are contiguous.
 
 Dtypes: bfloat16, float16 and float32, of each operand by itself, but x, weight and bias are of one dtype, and with
 numerics="eager" all are. Computed in float32 and rounded once to `dtype`. Its default, None, means the dtype that promotion
