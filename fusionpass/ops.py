@@ -1,15 +1,8 @@
-"""The registered ops, `torch.ops.fusionpass.*`, and `gated_add`, the function for people.
+"""`gated_add`, the function for people, and what holds for all registered ops, `torch.ops.fusionpass.*`.
 
-    fusionpass::gated_add            y = a + sigmoid(gate) * b
-    fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b
-    fusionpass::moe_combine          the second with its neighbours: top-k finalize, residual add, RMSNorm
-    fusionpass::_gated_add_out       the first, written into a given tensor; behind `gated_add(..., out=)`
-    fusionpass::_gate_projected_add_and_logit   the second where autograd records, with the logit for its gradients
-    fusionpass::_gated_add_backward, fusionpass::_gate_projected_add_backward   their gradients
-
-All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape and strides of the first two are
-those of the eager expression `a + torch.sigmoid(gate) * b`, whatever the layout of the operands; the results of
-`moe_combine` are contiguous.
+`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape
+and strides of `gated_add` and `gate_projected_add` are those of the eager expression `a + torch.sigmoid(gate) * b`, whatever
+the layout of the operands; the results of `moe_combine` are contiguous.
 
 Dtypes: bfloat16, float16 and float32, of each operand by itself, but x, weight and bias are of one dtype, and with
 numerics="eager" all are. Computed in float32 and rounded once to `dtype`. Its default, None, means the dtype that promotion
@@ -17,7 +10,7 @@ gives the eager expression: of a, b, the gate (or x) and the residual. The routi
 part in it: bfloat16 rows with float32 weights give bfloat16 results. Both results of `moe_combine` are of the one dtype.
 
 Devices: CUDA has the Triton kernels (`implementations.kernel_dtypes` says for which dtypes); any other computes in ATen.
-Under autocast an op does what its nodes do there: see `fusionpass.autocast`.
+Under autocast an op does what its nodes do there: see `under_autocast` in `fusionpass.operators`.
 """
 
 from __future__ import annotations
@@ -25,39 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusionpass import autocast, derivatives, implementations, library
-from fusionpass.derivatives import PLAIN, transforms_active
 from fusionpass.kernels import contract, overlap
+from fusionpass.operators.dispatch import PLAIN, transforms_active
+from fusionpass.operators.gated_add import INTO, OP
 
 __all__ = ["gated_add"]
-
-for _name in (
-    "gated_add",
-    "_gated_add_out",
-    "_gated_add_backward",
-    "gate_projected_add",
-    "moe_combine",
-    "_gate_projected_add_and_logit",
-    "_gate_projected_add_backward",
-):
-    library.LIBRARY.impl(_name, getattr(implementations, _name.lstrip("_")), "CompositeExplicitAutograd")
-library.LIBRARY.impl("gated_add", derivatives.gated_add, "Autograd", with_keyset=True)
-library.LIBRARY.impl("gate_projected_add", derivatives.gate_projected_add, "Autograd", with_keyset=True)
-library.LIBRARY.impl("moe_combine", derivatives.moe_combine, "Autograd", with_keyset=True)
-autocast.register()
-for _name, _fake in (
-    ("gated_add", implementations.gated_add_fake),
-    ("gate_projected_add", implementations.gate_projected_add_fake),
-    ("_gate_projected_add_and_logit", implementations.gate_projected_add_and_logit_fake),
-    ("moe_combine", implementations.moe_combine_fake),
-    ("_gated_add_out", lambda a, gate, b, out: None),
-    ("_gated_add_backward", implementations.gated_add_backward_aten),
-    ("_gate_projected_add_backward", implementations.gate_projected_add_backward_aten),
-):
-    torch.library.register_fake(f"fusionpass::{_name}", _fake, lib=library.LIBRARY)
-
-
-# The function for people.
 
 
 def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -96,14 +61,14 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) 
     if gate.dim() < a.dim():
         gate = gate.unsqueeze(-1)
     if out is None:
-        return library.gated_add(a, gate, b)
+        return OP.overload(a, gate, b)
     if torch.is_grad_enabled() and any(t.requires_grad for t in named.values()):
         raise ValueError("gated_add: out does not record gradients and an argument requires them; use out=None")
     if transforms_active():
         raise ValueError("gated_add: out carries no derivative through torch.func or forward-mode AD; use out=None")
     # Tracers' tensors have no address to compare, and a tracer turns the copy into a plain write of the result.
     if torch.compiler.is_compiling() or out.is_meta or any(type(t) not in PLAIN for t in named.values()):
-        return out.copy_(library.gated_add(a, gate, b))
+        return out.copy_(OP.overload(a, gate, b))
     if overlap.overlaps_itself(out):
         given = f"shape {contract.listed(out.shape)} and strides {contract.listed(out.stride())}"
         raise ValueError(f"gated_add: out has {given}, allowed: strides that give each element its own memory")
@@ -111,7 +76,7 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) 
         if not (overlap.same_view(out, tensor) or overlap.disjoint(out, tensor)):
             allowed = "the very same view, or no element in common"
             raise ValueError(f"gated_add: out shares memory with {name}, allowed: {allowed}")
-    library.gated_add_out(a, gate, b, out)
+    INTO.overload(a, gate, b, out)
     return out
 
 

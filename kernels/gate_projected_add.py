@@ -21,28 +21,26 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract, gated_add
+from . import gate_projected_add_aten as aten
+from . import gated_add
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
+from .contract import result_dtype
 from .dependent import dependent_launch
-from .launching import Calls, Launch, Launches, Result, layouts, prepared, warps_for
+from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared, warps_for
 from .layout import last_offset, row_offset, row_runs
 from .pointers import GRID_LIMIT, needs_int64
 
 BLOCK_LIMIT = 8192  # columns of one program; H beyond takes more programs, K beyond more rounds
-# A program that has all of its row in flight at once beats one that loops over it: 32 x 4096 in 2.6 us against 5.1 with
-# blocks of 1024, 16384 x 4096 in 121.6 against 124.0 (H200, bf16; torch.compile takes 8.8 for the former).
+# A program that has all of its row in flight at once beats one that loops over it. The numbers behind these constants are
+# in fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256  # 32 lanes x 8 elements, one 16-byte access in bf16
 MOST_WARPS = 16
 
-# Few rows leave most of the chip idle: several programs share one, each with the whole dot product. H100, bf16, us, by
-# programs a row, operands in the L2 cache:     1     2     4              1     2     4              1     2     4
-#                                8 x 4096    1.72  1.64  1.61  32 x 4096 1.81  1.76  1.87  64 x 4096 1.89  1.97  2.01
-#                                8 x 7168    2.06  1.85  1.77  32 x 7168 2.17  1.95  2.04  64 x 7168 2.35  2.33  2.52
-#                                8 x 2048    1.55  1.52  1.55  32 x 2048 1.61  1.63  1.73
+# Few rows leave most of the chip idle: several programs share one, each with the whole dot product.
 SPLITS = ((8, 0, 4), (48, 2048, 2))  # up to so many rows, of more than so many columns: programs a row
-# A sum over fewer warps is sooner done: with 8 for 16 32 x 4096 takes 1.76 us for 1.80, but 32 x 7168 2.17 for 1.95; and
-# 256 x 4096 3.33 for 3.27, 16384 x 4096 174.2 for 173.2.
+# A sum over fewer warps is done sooner. Longer rows, and many rows, want more of them.
 FEW_WARPS, FEW_WARPS_UP_TO, FEW_WARPS_ROWS = 8, 4096, 128
+POINTERS = ("X", "W", "BIAS", "A", "B", "Y", "LOGIT")
 
 
 def gate_projected_add_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -147,16 +145,28 @@ def _prepared(
     # Lanes past the end are masked, and their offsets still must not wrap around.
     idle = [block_k * columns[0], block_k * w_col, *(block_h * column for column in columns[1:])]
     wide = needs_int64(max((k - 1) * w_col, *last) + max(idle))
-    numbers = [rows[0], columns[0], w_col]
-    for row, column in zip(rows[1:], columns[1:], strict=True):
-        numbers += [row, column]
     # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
     precise = y.dtype == torch.float32
     device = y.get_device()
     dependent = dependent_launch(device)
-    numbers += [bias is not None, keep_logit, wide, precise, INTERPRETED, dependent]
     itemsize = min(tensor.element_size() for tensor in (x, a, b, y))
-    numbers += [vector(rows, itemsize), k, h, block_k, block_h]
+    numbers = {f"{name}_row": row for name, row in zip("xaby", rows, strict=True)}
+    numbers |= {f"{name}_col": column for name, column in zip("xaby", columns, strict=True)}
+    numbers |= {
+        "w_col": w_col,
+        "HAS_BIAS": bias is not None,
+        "KEEP_LOGIT": keep_logit,
+        "WIDE": wide,
+        "PRECISE": precise,
+        "INTERPRETED": INTERPRETED,
+        "DEPENDENT": dependent,
+        "VECTOR": vector(rows, itemsize),
+        "K": k,
+        "H": h,
+        "BLOCK_K": block_k,
+        "BLOCK_H": block_h,
+    }
+    arguments = in_order(gate_projected_add_kernel, POINTERS, numbers)
     dtypes = x.dtype, a.dtype, b.dtype, y.dtype
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     programs = triton.cdiv(h, block_h)
@@ -167,7 +177,7 @@ def _prepared(
             of_x, of_a, of_b, of_y = (
                 row_offset(start + first, tensor.shape[:-1], tensor.stride()[:-1]) for tensor in (x, a, b, y)
             )
-            launch = Launch(gate_projected_add_kernel, device, blocks, numbers, (dtypes, *numbers), **options)
+            launch = Launch(gate_projected_add_kernel, device, blocks, arguments, (dtypes, *arguments), **options)
             launches.append((launch, [of_x, 0, 0, of_a, of_b, of_y, start + first if keep_logit else 0]))
     return prepared(launches)
 
@@ -209,7 +219,7 @@ def gate_projected_add(
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
-    # `layouts` spelled out, and flat: 1.2 us for three tensors, where it takes 1.5.
+    # `layouts` written out, and flat: it costs the CPU less.
     key = (
         x.shape, x.stride(), weight.shape, weight.stride(), a.shape, a.stride(), b.shape, b.stride(),
         x.dtype, weight.dtype, a.dtype, b.dtype, x.get_device(), weight.get_device(), a.get_device(), b.get_device(),
@@ -217,8 +227,8 @@ def gate_projected_add(
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
-        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        aten.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
         known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), _call(y, x, weight, bias, a, b)))
     result, call = known
     y = result.empty(a)
@@ -238,8 +248,8 @@ def gate_projected_add_and_logit(
     key = dtype, *layouts(x, weight, bias, a, b)
     known = _with_logit.get(key)
     if known is None:
-        contract.check_gate_projected_add(x, weight, bias, a, b, dtype)
-        y = aten.empty_row_gated_sum(a, b, contract.result_dtype(dtype, x, a, b))
+        aten.check_gate_projected_add(x, weight, bias, a, b, dtype)
+        y = aten.empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
         call = _call(y, x, weight, bias, a, b, keep_logit=True)
         known = _with_logit.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known

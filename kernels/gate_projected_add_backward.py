@@ -24,14 +24,14 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
 from .gate_projected_add import blocks_and_warps
-from .launching import Calls, Launch, layouts
+from .launching import Calls, Launch, in_order, layouts
 from .pointers import needs_int64
 
 COLUMNS_LIMIT = 8192  # a thread holds five values of each of its 16 columns; twice as many spill registers
-# H200, bf16, 4096 x 4096: 2 programs per multiprocessor take 50.0 us, 1 takes 69.3, 3 take 53.5, 4 take 55.6;
-# torch.compile's kernels take 74.1 and eager's 129.
+# The best of 1 to 4: see fusionpass/bench/measured.md.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 SUM_ROWS, SUM_COLUMNS = 64, 32
+POINTERS = ("DY", "X", "W", "LOGIT", "B", "DX", "DB", "SUMS", "BIAS_SUMS")
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])  # one variant for any number of rows
@@ -124,13 +124,25 @@ def _prepared(dy: Tensor, x: Tensor | None, weight: Tensor, need_bias: bool) -> 
     block_k, block_h, warps = blocks_and_warps(k, h)
     programs = min(rows, PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(dy.device))
     wide = needs_int64(rows * max(k, h) + max(block_k, block_h))
-    constants = (need_bias, x is not None, wide, dy.dtype == torch.float32, INTERPRETED, k, h, block_k, block_h)
-    device = dy.get_device()
-    arguments, compiled_for = (rows, programs, *constants), (dy.dtype, *constants)
-    call = Launch(gate_projected_add_backward_kernel, device, programs, arguments, compiled_for, num_warps=warps)
-    constants = (INTERPRETED, k, SUM_ROWS, SUM_COLUMNS)
+    device, kernel = dy.get_device(), gate_projected_add_backward_kernel
+    counts = {"rows": rows, "programs": programs}
+    constants = {
+        "NEED_BIAS": need_bias,
+        "NEED_WEIGHT": x is not None,
+        "WIDE": wide,
+        "PRECISE": dy.dtype == torch.float32,
+        "INTERPRETED": INTERPRETED,
+        "K": k,
+        "H": h,
+        "BLOCK_K": block_k,
+        "BLOCK_H": block_h,
+    }
+    arguments, compiled_for = in_order(kernel, POINTERS, counts | constants), (dy.dtype, *constants.values())
+    call = Launch(kernel, device, programs, arguments, compiled_for, num_warps=warps)
+    constants = {"INTERPRETED": INTERPRETED, "K": k, "ROWS": SUM_ROWS, "BLOCK": SUM_COLUMNS}
+    arguments = in_order(sum_rows_kernel, ("SUMS", "Y"), {"rows": programs} | constants)
     blocks = triton.cdiv(k, SUM_COLUMNS)
-    summing = Launch(sum_rows_kernel, device, blocks, (programs, *constants), (dy.dtype, *constants))
+    summing = Launch(sum_rows_kernel, device, blocks, arguments, (dy.dtype, *constants.values()))
     return call, summing, programs
 
 

@@ -20,22 +20,23 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract
+from . import gated_add_aten as aten
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .contract import result_dtype
 from .dependent import dependent_launch
-from .launching import Calls, Launch, Launches, Result, layouts, prepared
+from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared
 from .layout import broadcast_strides, collapse, last_offset
 from .pointers import needs_int64
 
-# (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. Measured on
-# an H200, bf16, against torch.compile's kernel: of 512, 1024 and 2048 elements with 1 to 8 warps the first is within 1%
-# of it or ahead at all of 1 to 64 rows of 2048 to 7168; at 256 x 4096 the second takes 0.90 of its time.
+# (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. These two won
+# among 512, 1024 and 2048 elements with 1 to 8 warps: see fusionpass/bench/measured.md.
 ROW_BLOCKS = ((2**19, 1024, 8), (None, 2048, 8))
 # Rows are read as one flat piece where blocks of their own would be this much longer: at 3000, not at 5120 and 7168, where
 # one logit for each block beats one for each element.
 MOST_IDLE = 1.25
 BLOCK = 1024  # of any other layout. 4 warps x 32 lanes x 8 elements: one 16-byte access per lane and tensor in bf16
 LOOPS = 4  # dims the kernel for any layout walks itself; the host walks those beyond
+POINTERS = ("A", "G", "B", "Y")  # of both kernels
 
 
 def gated_add_reference(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
@@ -155,12 +156,28 @@ def _rows_launch(device, dtypes, sizes, strides, shape, eager) -> Launch | None:
     blocks = triton.cdiv(numel, block) if flat else rows * per_row
     furthest = (last_offset(sizes, operand) + block for operand in strides)
     wide = needs_int64(max(*furthest, blocks * block))
-    constants = (h, flat, wide, eager, _precise(dtypes[-1], eager), INTERPRETED, dependent, block)
+    numbers = {
+        "numel": numel,
+        "a_row": a,
+        "g_row": g,
+        "b_row": b,
+        "y_row": y,
+        "H": h,
+        "FLAT": flat,
+        "WIDE": wide,
+        "EAGER": eager,
+        "PRECISE": _precise(dtypes[-1], eager),
+        "INTERPRETED": INTERPRETED,
+        "DEPENDENT": dependent,
+        "BLOCK": block,
+    }
+    arguments = in_order(gated_add_rows_kernel, POINTERS, numbers)
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, a, g, b, y, *constants)
-    return Launch(gated_add_rows_kernel, device, blocks, (numel, a, g, b, y, *constants), compiled_for, **options)
+    # Of `numel` Triton compiles in no more than this.
+    compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, arguments[1:])
+    return Launch(gated_add_rows_kernel, device, blocks, arguments, compiled_for, **options)
 
 
 def _precise(dtype: torch.dtype, eager: bool) -> bool:
@@ -189,12 +206,20 @@ def _prepared(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str) -> L
     numel = prod(sizes)
     wide = needs_int64(max(numel + BLOCK, *(last_offset(sizes, operand) for operand in strides)))
     dims = len(sizes)
-    numbers = ([1] * (LOOPS - dims) + sizes)[1:]
-    for operand in strides:
-        numbers += [0] * (LOOPS - dims) + operand
-    constants = (dims, wide, eager, _precise(y.dtype, eager), INTERPRETED, BLOCK)
+    missing = LOOPS - dims
+    numbers = {"numel": numel} | {f"n{dim}": n for dim, n in enumerate([1] * missing + sizes) if dim}
+    for name, operand in zip("agby", strides, strict=True):
+        numbers |= {f"{name}{dim}": stride for dim, stride in enumerate([0] * missing + operand)}
+    numbers |= {
+        "DIMS": dims,
+        "WIDE": wide,
+        "EAGER": eager,
+        "PRECISE": _precise(y.dtype, eager),
+        "INTERPRETED": INTERPRETED,
+        "BLOCK": BLOCK,
+    }
+    arguments = in_order(gated_add_kernel, POINTERS, numbers)
     blocks = triton.cdiv(numel, BLOCK)  # the grid's limit, 2**31 - 1 blocks, is 2**41 elements
-    arguments = (numel, *numbers, *constants)
     launch = Launch(gated_add_kernel, device, blocks, arguments, (dtypes, *arguments), enable_fp_fusion=not eager)
     return prepared([(launch, each) for each in offsets])
 
@@ -218,15 +243,15 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype:
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
-    # `layouts` spelled out, and flat: 1.2 us, where it takes 1.5.
+    # `layouts` written out, and flat: it costs the CPU less.
     key = (
         numerics, dtype, a.shape, a.stride(), gate.shape, gate.stride(), b.shape, b.stride(), a.dtype, gate.dtype, b.dtype,
         a.get_device(), gate.get_device(), b.get_device(),
     )  # fmt: skip
     known = _fresh.get(key)
     if known is None:
-        contract.check_gated_add(a, gate, b, numerics, dtype)
-        y = aten.empty_sum(a, gate, b, contract.result_dtype(dtype, a, gate, b))
+        aten.check_gated_add(a, gate, b, numerics, dtype)
+        y = aten.empty_sum(a, gate, b, result_dtype(dtype, a, gate, b))
         call = _prepared(y, a, gate, b, numerics) if y.numel() else None
         known = _fresh.keep(key, (Result(a, y.stride(), y.dtype), call))
     result, call = known

@@ -16,13 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
-from .launching import Calls, Launch, layouts, warps_for
+from .launching import Calls, Launch, in_order, layouts, warps_for
 from .pointers import GRID_LIMIT, needs_int64
 
 COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
-# H200, bf16, 4096 x 4096: one block of 4096 a row takes 25.3 us, two of 2048 take 25.7, torch.compile's kernel 27.8.
+# One block a row beats two of half its length, and torch.compile's kernel: see fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256
 MOST_WARPS = 16
+POINTERS = ("DY", "G", "B", "DG", "DB")
 
 
 @triton.jit
@@ -72,6 +73,13 @@ def _prepared(dy: Tensor) -> Launch:
     h, rows = dy.shape[-1], prod(dy.shape[:-1])
     block = triton.next_power_of_2(h)
     warps = warps_for(h, COLUMNS_PER_WARP, MOST_WARPS)
-    constants = (h, needs_int64(rows * h + block), dy.dtype == torch.float32, INTERPRETED, block)
-    compiled_for = (dy.dtype, *constants)
-    return Launch(gated_add_backward_kernel, dy.get_device(), rows, constants, compiled_for, num_warps=warps)
+    numbers = {
+        "H": h,
+        "WIDE": needs_int64(rows * h + block),
+        "PRECISE": dy.dtype == torch.float32,
+        "INTERPRETED": INTERPRETED,
+        "BLOCK": block,
+    }
+    arguments = in_order(gated_add_backward_kernel, POINTERS, numbers)
+    compiled_for = (dy.dtype, *arguments)
+    return Launch(gated_add_backward_kernel, dy.get_device(), rows, arguments, compiled_for, num_warps=warps)

@@ -1,14 +1,14 @@
 """Launch a kernel again without Triton's look at every argument.
 
-Triton's ordinary launch binds, inspects and hashes all arguments on each call: 25 us of CPU time with ten of them, 60 with
-two dozen, on an H100 host; more than the eager kernels that a launch replaces. But all that a compiled variant depends
-on is fixed here except the alignment of the pointers. So the variant that the first ordinary launch returns is kept,
-and from then on its launcher is called directly, with addresses for tensors: 4.7 us on an H200 host.
+Triton's ordinary launch binds, inspects and hashes all arguments on each call. That costs the CPU more than the eager
+kernels that a launch replaces. But all that a compiled variant depends on is fixed here except the alignment of the
+pointers. So the variant that the first ordinary launch returns is kept, and from then on its launcher is called directly,
+with addresses for tensors: a fifth of the time and less (fusionpass/bench/measured.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ REUSE = not INTERPRETED and torch.version.hip is None
 _knobs = triton.knobs.runtime
 # What Triton's own driver calls for both; a torch without CUDA has neither.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
-# What Inductor's own code allocates with, on the current device: 0.9 us where `empty_like` takes 1.7 (an H200 host).
+# What Inductor's own code allocates with, on the current device: half the time of `empty_like`.
 _empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
@@ -37,8 +37,8 @@ def _heard() -> bool:
 def _launcher(compiled: Any) -> tuple[Callable, tuple]:
     """What launches a compiled kernel, and its arguments between the stream and the kernel's own.
 
-    Triton's launcher looks for scratch memory to allocate and calls a function in C: 4.7 us, of which that function,
-    whose arguments differ between releases, takes 3.8. It is called by itself where it is known.
+    Triton's launcher looks for scratch memory to allocate and calls a function in C, whose arguments differ between
+    releases. That function is called by itself where it is known: a fifth of the time is spared.
     """
     run = compiled.run
     unheard = compiled.packed_metadata, None, None, None  # launch metadata and two hooks
@@ -47,8 +47,35 @@ def _launcher(compiled: Any) -> tuple[Callable, tuple]:
     return run, (compiled.function, *unheard)
 
 
-# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Kernels are not freed.
-_variants: dict[tuple, dict[Any, tuple[Callable, tuple]]] = {}
+class Calls(dict):
+    """Prepared calls by the layouts of their operands; of the oldest half is forgotten when there are too many."""
+
+    LIMIT = 4096
+
+    def keep(self, key: Any, call: Any) -> Any:
+        if len(self) >= self.LIMIT:
+            for old in list(self)[: self.LIMIT // 2]:
+                self.pop(old, None)
+        self[key] = call
+        return call
+
+
+# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Where every call brings
+# another layout, each has an entry here, so it has a limit as the calls have. A call that is kept holds its own variants:
+# what is forgotten here is found again by one ordinary launch, since Triton keeps every kernel that it compiled.
+_variants = Calls()
+
+
+def in_order(kernel: Any, pointers: Sequence[str], numbers: Mapping[str, Any]) -> tuple:
+    """The numbers, by the names that they have in the kernel's signature, in its order, which starts with the pointers.
+
+    Raises:
+        TypeError: the kernel's signature is another.
+    """
+    names, count = kernel.arg_names, len(pointers)
+    if list(names[:count]) != list(pointers) or set(names[count:]) != set(numbers):
+        raise TypeError(f"{kernel} takes {', '.join(names)}; given: {', '.join((*pointers, *numbers))}")
+    return tuple([numbers[name] for name in names[count:]])
 
 
 def warps_for(columns: int, per_warp: int, most: int) -> int:
@@ -59,8 +86,8 @@ def warps_for(columns: int, per_warp: int, most: int) -> int:
 class Launch:
     """One kernel over `blocks` programs, with every argument but its pointers, on tensors of one device.
 
-    `device` is its index, -1 for the CPU. `arguments` are in the kernel's order, constexprs included, and follow the
-    pointers. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
+    `device` is its index, -1 for the CPU. `arguments` follow the pointers in the kernel's order, constexprs included: see
+    `in_order`. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
     so that a new number of rows, which is in none of it, costs no look at the arguments either.
     """
 
@@ -83,7 +110,9 @@ class Launch:
         self._blocks = blocks
         self._arguments = tuple(arguments)
         self._options = options
-        self._variants = _variants.setdefault((id(kernel), device, compiled_for, *options.items()), {})
+        key = id(kernel), device, compiled_for, *options.items()
+        variants = _variants.get(key)
+        self._variants = _variants.keep(key, {}) if variants is None else variants
 
     def __call__(self, *tensors: Tensor) -> None:
         """Run on the current stream of the device."""
@@ -151,19 +180,6 @@ class Result:
         if self._current:
             return _empty_strided_cuda(self._shape, self._strides, self._dtype)
         return torch.empty_strided(self._shape, self._strides, dtype=self._dtype, device=a.device)
-
-
-class Calls(dict):
-    """Prepared calls by the layouts of their operands; of the oldest half is forgotten when there are too many."""
-
-    LIMIT = 4096
-
-    def keep(self, key: Any, call: Any) -> Any:
-        if len(self) >= self.LIMIT:
-            for old in list(self)[: self.LIMIT // 2]:
-                self.pop(old, None)
-        self[key] = call
-        return call
 
 
 def layouts(*tensors: Tensor | None) -> tuple:

@@ -14,6 +14,7 @@ traffic   T * H * (K or 1, + 1 for b, + 1 for x, + 1 for residual, + 1 for sum, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 import triton
@@ -21,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from . import aten, contract
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
+from .contract import known
 from .dependent import dependent_launch
 from .gate_projected_add import (
     BLOCK_LIMIT,
@@ -35,12 +36,14 @@ from .gate_projected_add import (
     dot_operands,
     vector,
 )
-from .launching import Calls, Launch, Result, layouts, warps_for
+from .gate_projected_add_aten import constant_logit
+from .launching import Calls, Launch, Result, in_order, layouts, warps_for
 from .layout import contiguous_strides
+from .moe_combine_aten import TENSORS, Arguments, check_moe_combine
 from .pointers import needs_int64
 
-# Of a thread, for terms that are on their way. One H100, bf16, operands in the L2 cache, 10 terms: 1 x 2048 takes 2.25 us
-# with 40 and 2.51 with 24, 128 x 2048 3.48 and 4.08, 32 x 4096 3.35 and 3.37, 32 x 7168 4.81 and 4.78; 80 change nothing.
+# Of a thread, for terms that are on their way. With fewer, short rows wait for memory; more change nothing: see
+# fusionpass/bench/measured.md.
 REGISTERS = 40
 
 
@@ -126,32 +129,40 @@ def moe_combine_kernel(
         tl.store(NORMED + to, rounded(normed, NORMED.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-NAMES = "a topk_weights inverse masked b gate x gate_weight gate_bias residual norm_weight".split()
-B_AT = NAMES.index("b")
+# The kernel's pointers in its order, each with the op's argument that it points to; then its results.
+OPERANDS = {
+    "A": "a",
+    "WEIGHTS": "topk_weights",
+    "INVERSE": "inverse",
+    "MASKED": "masked",
+    "B": "b",
+    "GATE": "gate",
+    "X": "x",
+    "W": "gate_weight",
+    "BIAS": "gate_bias",
+    "RESIDUAL": "residual",
+    "NORM": "norm_weight",
+}
+RESULTS = ("SUM", "NORMED")
+NAMES = tuple(OPERANDS.values())
 FLAT = ("topk_weights", "inverse", "masked", "gate", "norm_weight")  # one number per row, slot or column
+AS_THEY_ARE = ("gate_weight", "gate_bias")
+B_AT = NAMES.index("b")
+operands_of = itemgetter(*map(Arguments._fields.index, NAMES))  # of the op's arguments, in the kernel's order
 
 
 def _as_rows(name: str, tensor: Tensor | None) -> Tensor | None:
     """The operand with one stride from row to row, [rows, columns], or from number to number."""
-    if tensor is None or name in ("gate_weight", "gate_bias"):
+    if tensor is None or name in AS_THEY_ARE:
         return tensor
     if name in FLAT:
         return tensor if tensor.dim() == 1 else tensor.reshape(-1)
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def ordered(
-    a: Tensor, b: Tensor, gate: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    topk_weights: Tensor | None, inverse: Tensor | None, masked: Tensor | None, residual: Tensor | None,
-    norm_weight: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """The op's operands in the order of NAMES, in which the kernel takes them."""
-    return a, topk_weights, inverse, masked, b, gate, x, gate_weight, gate_bias, residual, norm_weight
-
-
-def rows_of(operands: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-    """By name, with one stride from row to row."""
-    return {name: _as_rows(name, tensor) for name, tensor in zip(NAMES, operands, strict=True)}
+def rows_of(given: Arguments) -> dict[str, Tensor | None]:
+    """The operands by name, in the kernel's order, with one stride from row to row."""
+    return {name: _as_rows(name, tensor) for name, tensor in zip(NAMES, operands_of(given), strict=True)}
 
 
 class _Prepared:
@@ -159,24 +170,16 @@ class _Prepared:
 
     __slots__ = ("_dtype", "_flat", "_launch", "_norm", "_result")
 
-    def __init__(
-        self,
-        operands: Sequence[Tensor | None],
-        top_k: int,
-        permuted: bool,
-        eps: float | None,
-        offset: float,
-        dtype: torch.dtype,
-    ):
-        named, rows = dict(zip(NAMES, operands, strict=True)), rows_of(operands)
+    def __init__(self, given: Arguments):
+        rows, operands = rows_of(given), operands_of(given)
         # Most operands are rows as they stand; these are not.
-        self._flat = [i for i, name in enumerate(NAMES) if rows[name] is not named[name]]
-        shaped = named["b"] if named["residual"] is None else named["residual"]
-        self._result = Result(shaped, contiguous_strides(shaped.shape), dtype)
-        self._dtype = dtype
-        self._norm = eps is not None
+        self._flat = [i for i, name in enumerate(NAMES) if rows[name] is not operands[i]]
+        shaped = given.shaped()
+        self._dtype = given.result_dtype()
+        self._result = Result(shaped, contiguous_strides(shaped.shape), self._dtype)
+        self._norm = given.eps is not None
         count = shaped.numel() // shaped.shape[-1]
-        self._launch = _launch(rows, count, dtype, top_k, permuted, eps, offset) if count else None
+        self._launch = _launch(rows, count, given) if count else None
 
     def __call__(self, operands: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         b = operands[B_AT]
@@ -191,23 +194,17 @@ class _Prepared:
         return total, normed
 
 
-def arguments(
-    rows: dict[str, Tensor | None],
-    dtype: torch.dtype,
-    top_k: int,
-    permuted: bool,
-    eps: float | None,
-    offset: float,
-    dependent: bool,
-) -> tuple[list[int | bool | float], int]:
-    """What the kernel takes after its pointers, in order, and its warps. Absent operands cost nothing: their loads are
-    compiled away."""
+def numbers_of(
+    rows: dict[str, Tensor | None], given: Arguments, dependent: bool
+) -> tuple[dict[str, int | bool | float], int]:
+    """What the kernel takes beside its pointers, by the names of its signature, and its warps. Absent operands cost
+    nothing: their loads are compiled away."""
 
-    def steps(name: str) -> tuple[int, ...]:
-        return (0, 0) if rows[name] is None else rows[name].stride()
+    def step(name: str, dim: int = 0) -> int:
+        return 0 if rows[name] is None else rows[name].stride(dim)
 
-    def step(name: str) -> int:
-        return 0 if rows[name] is None else rows[name].stride(0)
+    def has(name: str) -> bool:
+        return rows[name] is not None
 
     b, x, weight = rows["b"], rows["x"], rows["gate_weight"]
     h = b.shape[-1]
@@ -217,56 +214,110 @@ def arguments(
     block_k = min(triton.next_power_of_2(k), max(block_h, BLOCK_LIMIT))
     most = FEW_WARPS if max(k, h) <= FEW_WARPS_UP_TO else MOST_WARPS
     warps = warps_for(max(k, h), COLUMNS_PER_WARP, most)
-    numbers = [*steps("a"), step("topk_weights"), step("inverse"), step("masked"), *steps("b"), step("gate")]
-    numbers += [*steps("x"), w_col, *steps("residual"), step("norm_weight")]
     # Offsets within a row; lanes past its end are masked, and their offsets still must not wrap around.
-    columns = [block_h * steps(name)[1] for name in ("a", "b", "residual")] + [block_h * step("norm_weight")]
-    wide = needs_int64(max(*columns, block_k * steps("x")[1], block_k * w_col) + k * max(steps("x")[1], w_col))
-    given = [rows[name] is not None for name in ("inverse", "masked", "x", "gate_bias", "residual", "norm_weight")]
-    indexed, masked, projected, has_bias, has_residual, has_norm_weight = given
-    numbers += [top_k, indexed, permuted, masked, projected, has_bias, has_residual, eps is not None, has_norm_weight]
-    starts = [t.stride(0) for name, t in rows.items() if t is not None and t.dim() == 2 and name != "gate_weight"]
+    columns = [block_h * step(name, 1) for name in ("a", "b", "residual")] + [block_h * step("norm_weight")]
+    x_col = step("x", 1)
+    wide = needs_int64(max(*columns, block_k * x_col, block_k * w_col) + k * max(x_col, w_col))
+    starts = [t.stride(0) for name, t in rows.items() if t is not None and t.dim() == 2 and name not in AS_THEY_ARE]
     in_flight = max(REGISTERS * 4 * 32 * warps // (block_h * rows["a"].element_size()), 1)
-    numbers += [eps or 0.0, offset, wide, dtype == torch.float32, INTERPRETED, dependent, in_flight]
-    itemsize = min(rows[name].element_size() for name in ("a", "b", "x", "residual") if rows[name] is not None)
-    numbers += [vector([*starts, h], itemsize), k, h, block_k, block_h]
+    itemsize = min(rows[name].element_size() for name in ("a", "b", "x", "residual") if has(name))
+    numbers = {
+        "a_row": step("a"),
+        "a_col": step("a", 1),
+        "weight_step": step("topk_weights"),
+        "inverse_step": step("inverse"),
+        "masked_step": step("masked"),
+        "b_row": step("b"),
+        "b_col": step("b", 1),
+        "gate_row": step("gate"),
+        "x_row": step("x"),
+        "x_col": x_col,
+        "w_col": w_col,
+        "r_row": step("residual"),
+        "r_col": step("residual", 1),
+        "norm_step": step("norm_weight"),
+        "TOP_K": given.top_k,
+        "INDEXED": has("inverse"),
+        "PERMUTED": given.permuted,
+        "HAS_MASK": has("masked"),
+        "PROJECTED": has("x"),
+        "HAS_BIAS": has("gate_bias"),
+        "HAS_RESIDUAL": has("residual"),
+        "HAS_NORM": given.eps is not None,
+        "HAS_NORM_WEIGHT": has("norm_weight"),
+        "EPS": given.eps or 0.0,
+        "OFFSET": given.offset,
+        "WIDE": wide,
+        "PRECISE": given.result_dtype() == torch.float32,
+        "INTERPRETED": INTERPRETED,
+        "DEPENDENT": dependent,
+        "GROUP": in_flight,
+        "VECTOR": vector([*starts, h], itemsize),
+        "K": k,
+        "H": h,
+        "BLOCK_K": block_k,
+        "BLOCK_H": block_h,
+    }
     return numbers, warps
 
 
-def _launch(rows: dict[str, Tensor | None], count: int, dtype: torch.dtype, *how) -> Launch:
+def _launch(rows: dict[str, Tensor | None], count: int, given: Arguments) -> Launch:
     device = rows["b"].get_device()
     dependent = dependent_launch(device)
-    numbers, warps = arguments(rows, dtype, *how, dependent)
-    dtypes = [dtype, *(None if t is None else t.dtype for t in rows.values())]
+    numbers, warps = numbers_of(rows, given, dependent)
+    arguments = in_order(moe_combine_kernel, (*OPERANDS, *RESULTS), numbers)
+    dtypes = [given.result_dtype(), *(None if t is None else t.dtype for t in rows.values())]
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
-    return Launch(moe_combine_kernel, device, count, numbers, (*dtypes, *numbers), **options)
+    return Launch(moe_combine_kernel, device, count, arguments, (*dtypes, *arguments), **options)
+
+
+def without_columns(given: Arguments) -> Arguments:
+    """The same where x has no columns, for which the kernel does not compile: the logit is the bias, or zero."""
+    gate = constant_logit(given.gate_bias, given.x, given.b.shape[:-1])
+    return given._replace(gate=gate, x=None, gate_weight=None, gate_bias=None)
 
 
 _known = Calls()
 
 
-def moe_combine(
-    a: Tensor, b: Tensor, gate: Tensor | None, x: Tensor | None, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    topk_weights: Tensor | None, inverse: Tensor | None, masked: Tensor | None, residual: Tensor | None,
-    norm_weight: Tensor | None,
-    top_k: int, permuted: bool, eps: float | None, offset: float, dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def moe_combine(given: Arguments) -> tuple[Tensor, Tensor]:
     """The sum and the normed sum, new and contiguous; without `eps` the latter is an empty tensor.
-
-    dtype: of both; None for that of a, b, residual and the gate (x) promoted.
 
     Raises:
         RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
     """
-    operands = ordered(a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, masked, residual, norm_weight)
-    key = layouts(*operands), top_k, permuted, eps, offset, dtype
+    operands = operands_of(given)
+    key = layouts(*operands), given[TENSORS:]
     call = _known.get(key)
     if call is None:
-        contract.check_moe_combine(dict(zip(NAMES, operands, strict=True)), top_k, permuted, eps, dtype)
-        final = contract.combined_dtype(dtype, a, b, gate, x, residual)
-        if x is not None and x.shape[-1] == 0:  # for no columns the kernel does not compile
-            gate, x, gate_weight, gate_bias = aten.constant_logit(gate_bias, x, b.shape[:-1]), None, None, None
-            operands = a, b, gate, x, gate_weight, gate_bias, topk_weights, inverse, masked, residual, norm_weight
-            return moe_combine(*operands, top_k, permuted, eps, offset, final)
-        call = _known.keep(key, _Prepared(operands, top_k, permuted, eps, offset, final))
+        check_moe_combine(given)
+        if given.x is not None and given.x.shape[-1] == 0:
+            return moe_combine(without_columns(given._replace(dtype=given.result_dtype())))
+        call = _known.keep(key, _Prepared(given))
     return call(operands)
+
+
+def traced(given: Arguments) -> tuple[Tensor, Tensor] | None:
+    """The same for a tracer, such as Inductor's: allocations and a launch that it sees. The contract has been checked.
+
+    None where more than the number of rows is not known as a number, or there may be no rows.
+    """
+    given = given._replace(dtype=given.result_dtype())
+    if given.x is not None and known(given.x.shape[-1] == 0):
+        given = without_columns(given)
+    if not known(given.b.numel() > 0):
+        return None
+    rows = rows_of(given)
+    columns = [tensor.shape[-1] for tensor in (given.b, given.x) if tensor is not None]
+    strides = [stride for tensor in rows.values() if tensor is not None for stride in tensor.stride()]
+    if not all(isinstance(n, int) for n in (*columns, *strides)):
+        return None
+    shape, b = given.shaped().shape, rows["b"]
+    total = torch.empty(shape, dtype=given.dtype, device=b.device)
+    normed = torch.empty((0,) if given.eps is None else shape, dtype=given.dtype, device=b.device)
+    numbers, warps = numbers_of(rows, given, dependent=False)
+    pointers = {name: b if rows[operand] is None else rows[operand] for name, operand in OPERANDS.items()}
+    pointers |= zip(RESULTS, (total, normed), strict=True)
+    launch = torch.library.wrap_triton(moe_combine_kernel)[(b.shape[0],)]
+    launch(**pointers, **numbers, num_warps=warps)
+    return total, normed

@@ -2,15 +2,19 @@
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fusionpass import operators
 from fusionpass.kernels.launching import Calls, Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# The ops as plain functions, by the names that they have in torch.ops.fusionpass.
+DIRECT = SimpleNamespace(**{op.name: op.direct for op in operators.OPS if op.direct is not None})
 
 # How a tensor of a given shape is laid out: from a function that makes a dense one of any shape.
 Make = Callable[..., Tensor]

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fusionpass
 import fusionpass.inductor
 from fusionpass.cli import main
+from fusionpass.operators import gated_add
 
 S = torch.sigmoid
 
@@ -132,4 +133,6 @@ def test_what_a_package_would_call_in_python_is_refused(monkeypatch):
     with FakeTensorMode(), pytest.raises(RuntimeError, match=r"cannot package this fusionpass\.gated_add.*numerics"):
         a = torch.empty(4, 8, device="cuda")
         options = {"numerics": "eager"}
-        fusionpass.inductor._opened(nullcontext(), fusionpass.library.gated_add, (), (a, a, a), options)
+        fusionpass.inductor._opened(
+            gated_add.under_inductor, nullcontext(), gated_add.OP.overload, (), (a, a, a), options
+        )

@@ -81,7 +81,7 @@ CHANGE = {
         "    y += sigmoid(logit, PRECISE, INTERPRETED)",
         "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)",
     ),
-    False: ("aten_combine.py", "    total = routed + torch.sigmoid(", "    total = 2 * routed + torch.sigmoid("),
+    False: ("moe_combine_aten.py", "    total = routed + torch.sigmoid(", "    total = 2 * routed + torch.sigmoid("),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from ops_helpers import (
     DEVICE,
+    DIRECT,
     DTYPES,
     LAYOUTS,
     ROUNDING,
@@ -23,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import fusionpass.backend
-from fusionpass import derivatives, direct, implementations
+from fusionpass import implementations
 from fusionpass.kernels import launching, moe_combine
-from fusionpass.kernels.aten_combine import moe_combine_expression
 from fusionpass.kernels.launching import Calls
+from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
+from fusionpass.operators import moe_combine as declared
 
 op = torch.ops.fusionpass.moe_combine.default
 BF16, F16, F32, F64, I32, I64 = torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.int64
@@ -120,7 +122,7 @@ PRODUCTS = "a b x gate_weight topk_weights residual".split()  # what is summed u
 
 
 def expression(dtype=F32, **arguments):
-    return moe_combine_expression(*implementations.combine_arguments(**arguments), compute=dtype)
+    return moe_combine_expression(Arguments(**arguments), compute=dtype)
 
 
 def eager(
@@ -555,7 +557,7 @@ def test_refusals(monkeypatch, forgotten, way, arguments, message):
         if way == "aten":
             monkeypatch.setattr(implementations, "interpreted", lambda: False)
         with pytest.raises(RuntimeError, match="fusionpass::moe_combine: " + message):
-            (direct.moe_combine if way == "direct" else op)(**arguments)
+            (DIRECT.moe_combine if way == "direct" else op)(**arguments)
 
 
 # Under tracers.
@@ -754,8 +756,8 @@ def test_vector_is_what_all_rows_are_aligned_to(recorded, dtype, columns, k, row
 @pytest.fixture
 def through_op(monkeypatch):
     """The calls that went through the op's Autograd kernel, told by what it asks first."""
-    calls, active = [], derivatives.transforms_active
-    monkeypatch.setattr(derivatives, "transforms_active", lambda: calls.append("moe_combine") or active())
+    calls, active = [], declared.transforms_active
+    monkeypatch.setattr(declared, "transforms_active", lambda: calls.append("moe_combine") or active())
     return calls
 
 
@@ -764,7 +766,7 @@ def through_op(monkeypatch):
 @norms
 def test_direct_calls_compute_the_same_bits(through_op, dtype, routed, norm):
     arguments = operands(dtype, routed, norm=norm)
-    got = direct.moe_combine(**arguments)
+    got = DIRECT.moe_combine(**arguments)
     assert not through_op
     for mine, theirs in zip(got, op(**arguments), strict=True):
         assert mine.dtype == theirs.dtype and mine.stride() == theirs.stride() and torch.equal(mine, theirs)
@@ -775,13 +777,13 @@ def test_direct_calls_are_the_op_where_something_listens(through_op):
     arguments = operands()
     recording, b = requiring_grad(arguments), arguments["b"]
     with torch.no_grad():
-        direct.moe_combine(**recording)
+        DIRECT.moe_combine(**recording)
     assert not through_op
-    mine = gradients(direct.moe_combine, recording)
+    mine = gradients(DIRECT.moe_combine, recording)
     assert through_op
     torch.testing.assert_close(mine, gradients(op, recording), rtol=0, atol=0)
     told = [
-        torch.func.jvp(lambda b, f=f: f(**arguments | {"b": b}), (b,), (b.cos(),)) for f in (direct.moe_combine, op)
+        torch.func.jvp(lambda b, f=f: f(**arguments | {"b": b}), (b,), (b.cos(),)) for f in (DIRECT.moe_combine, op)
     ]
     torch.testing.assert_close(*told, rtol=0, atol=0)
 
@@ -799,7 +801,7 @@ class Block(torch.nn.Module):
         return total.sin(), self.norm(total)
 
 
-@pytest.mark.parametrize(("inner", "called"), [("eager", direct.moe_combine), ("aot_eager", op)], ids=["eager", "aot"])
+@pytest.mark.parametrize(("inner", "called"), [("eager", DIRECT.moe_combine), ("aot_eager", op)], ids=["eager", "aot"])
 def test_graphs_that_python_runs_call_directly(through_op, inner, called):
     torch.manual_seed(0)
     block, graphs = Block().to(DEVICE).requires_grad_(False), []
@@ -816,7 +818,7 @@ def test_graphs_that_python_runs_call_directly(through_op, inner, called):
     assert not through_op or called is op
     (graph,) = graphs
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    assert [t for t in targets if t in (op, direct.moe_combine)] == [called]
+    assert [t for t in targets if t in (op, DIRECT.moe_combine)] == [called]
     assert torch.sigmoid not in targets
 
 

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusionpass
 import fusionpass.backend
 from fusionpass import direct, implementations
+from fusionpass.operators import gate_projected_add, gated_add
 
 OPS = {
     "gated_add": torch.ops.fusionpass.gated_add.default,
     "gate_projected_add": torch.ops.fusionpass.gate_projected_add.default,
 }
-DIRECT = {"gated_add": direct.gated_add, "gate_projected_add": direct.gate_projected_add}
+DECLARED = {"gated_add": gated_add.OP, "gate_projected_add": gate_projected_add.OP}
+DIRECT = {name: op.direct for name, op in DECLARED.items()}
 SHAPES = {"gated_add": [(4, 8), (4, 1), (4, 8)], "gate_projected_add": [(4, 6), (1, 6), (1,), (4, 8), (4, 8)]}
 both = pytest.mark.parametrize("name", OPS)
 
@@ -37,10 +38,16 @@ def through_op(monkeypatch):
     """The calls that went on to the ops: their names."""
     calls = []
 
-    def counting(name):
-        return lambda *args, **kwargs: calls.append(name) or OPS[name](*args, **kwargs)
+    class Counting:
+        def __init__(self, name):
+            self.name, self.redispatch = name, OPS[name].redispatch
 
-    monkeypatch.setattr(direct, "library", SimpleNamespace(**{name: counting(name) for name in OPS}))
+        def __call__(self, *args, **kwargs):
+            calls.append(self.name)
+            return OPS[self.name](*args, **kwargs)
+
+    for name, op in DECLARED.items():
+        monkeypatch.setattr(op, "overload", Counting(name))
     return calls
 
 
@@ -242,9 +249,9 @@ def test_dtypes(through_op, name, dtype):
 def test_options_and_no_bias(through_op):
     a, gate, b = operands("gated_add", torch.bfloat16, 3)
     for numerics in ("fp32", "eager"):
-        assert_same_bits(*(f(a, gate, b, numerics=numerics) for f in (direct.gated_add, OPS["gated_add"])))
+        assert_same_bits(*(f(a, gate, b, numerics=numerics) for f in (DIRECT["gated_add"], OPS["gated_add"])))
     x, weight, _, a, b = operands("gate_projected_add")
-    assert_same_bits(*(f(x, weight, None, a, b) for f in (direct.gate_projected_add, OPS["gate_projected_add"])))
+    assert_same_bits(*(f(x, weight, None, a, b) for f in (DIRECT["gate_projected_add"], OPS["gate_projected_add"])))
     assert not through_op
 
 
@@ -307,7 +314,7 @@ def test_refused_in_the_same_words(name, position, spoil, requires_grad):
 
 def test_numerics_refused_in_the_same_words():
     tensors, told = operands("gated_add"), []
-    for function in (OPS["gated_add"], direct.gated_add):
+    for function in (OPS["gated_add"], DIRECT["gated_add"]):
         with pytest.raises(RuntimeError, match="numerics is 'fast'") as caught:
             function(*tensors, numerics="fast")
         told.append(str(caught.value))

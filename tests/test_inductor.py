@@ -13,7 +13,8 @@ import torch
 from programs import DEVICE
 
 from fusionpass import backend
-from fusionpass.bench.cases import EPS, OPS, TOP_K, Case, draw
+from fusionpass.bench.cases import OPS, Case, draw
+from fusionpass.operators.moe_combine import EPS, TOP_K
 
 FORWARD = [name for name, op in OPS.items() if not op.backward]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")

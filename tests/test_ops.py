@@ -281,13 +281,14 @@ def test_gate_projected_add_saves_no_more_than_its_gradients_read(implementation
 
 
 def test_gradient_of_a_is_the_incoming_one(implementation):
-    from fusionpass.kernels import aten
+    from fusionpass.kernels.gate_projected_add_aten import gate_projected_add_gradients
+    from fusionpass.kernels.gated_add_aten import gated_add_gradients
 
     a, gate, b = gated_operands()
     x, weight, *_ = projected_operands()
     dy = torch.ones_like(a)
-    assert aten.gated_add_gradients(dy, gate, b, "fp32", (True, True, True))[0] is dy
-    assert aten.gate_projected_add_gradients(dy, None, x, weight, gate, b, (True,) * 5)[3] is dy
+    assert gated_add_gradients(dy, gate, b, "fp32", (True, True, True))[0] is dy
+    assert gate_projected_add_gradients(dy, None, x, weight, gate, b, (True,) * 5)[3] is dy
 
 
 @pytest.mark.parametrize("rows", [0, 1])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops_helpers import DEVICE
+from ops_helpers import DEVICE, DIRECT
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
-from fusionpass import direct, implementations
-from fusionpass.kernels.aten_combine import moe_combine_expression
+from fusionpass import implementations
+from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.fusionpass
@@ -33,7 +33,7 @@ def core_nodes(x, weight, bias, a, b):
     return a + torch.sigmoid(torch.nn.functional.linear(x, weight, bias)) * b
 
 
-@pytest.mark.parametrize("way", [OPS, direct], ids=["op", "direct"])
+@pytest.mark.parametrize("way", [OPS, DIRECT], ids=["op", "direct"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("of_a", [F32, BF16], ids=str)
 def test_the_projection_is_cast(way, dtype, of_a):
@@ -52,7 +52,7 @@ def test_the_projection_is_cast(way, dtype, of_a):
     assert torch.equal(got, way.gate_projected_add(*cast, a, b))  # and outside autocast nothing is cast
 
 
-@pytest.mark.parametrize("way", [OPS, direct], ids=["op", "direct"])
+@pytest.mark.parametrize("way", [OPS, DIRECT], ids=["op", "direct"])
 @pytest.mark.parametrize("numerics", ["fp32", "eager"])
 def test_the_gated_add_promotes(way, numerics):
     a, gate, b = drawn((5, 32), (5, 1), (5, 32))
@@ -114,7 +114,7 @@ def test_moe_combine_with_a_dtype_is_the_op(parts):
     with autocast():
         got = OPS.moe_combine(**options, dtype=BF16)
     cast = options | {name: options[name].bfloat16() for name in ("x", "gate_weight")}
-    truth = moe_combine_expression(*implementations.combine_arguments(**cast), compute=torch.float64)
+    truth = moe_combine_expression(Arguments(**cast), compute=torch.float64)
     for y, t in zip(got, truth, strict=True):
         assert y.dtype == BF16
         assert ((y.double() - t).abs() <= 2.0**-8 * t.abs() + 1e-5).all()

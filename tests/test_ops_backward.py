@@ -22,10 +22,11 @@ from ops_helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from fusionpass import implementations, library
+from fusionpass import implementations
 from fusionpass.kernels import gate_projected_add as forward_kernel
 from fusionpass.kernels import gate_projected_add_backward as projected_kernel
 from fusionpass.kernels import gated_add_backward as gated_kernel
+from fusionpass.operators import gate_projected_add, gated_add
 
 gated_add_op = torch.ops.fusionpass.gated_add.default
 projected_op = torch.ops.fusionpass.gate_projected_add.default
@@ -620,10 +621,10 @@ def test_the_logit_op_refuses_what_the_op_refuses(implementation):
 # Through autograd.
 
 
-def counted(monkeypatch, name):
-    """Calls of the library's op `name` from here on."""
-    calls, op = [], getattr(library, name)
-    monkeypatch.setattr(library, name, lambda *args: calls.append(args) or op(*args))
+def counted(monkeypatch, op):
+    """Calls of an op from here on."""
+    calls, overload = [], op.overload
+    monkeypatch.setattr(op, "overload", lambda *args: calls.append(args) or overload(*args))
     return calls
 
 
@@ -639,7 +640,7 @@ def named(names):
 def test_gated_add_gradients_that_are_needed(monkeypatch, wanted):
     make = normal()
     inputs, dy = (make((5, 8)), make((5, 1)), make((5, 8))), make((5, 8))
-    calls = counted(monkeypatch, "gated_add_backward")
+    calls = counted(monkeypatch, gated_add.BACKWARD)
     got = gradients(gated_add_op, inputs, dy, wanted)
     assert len(calls) == ({1, 2} <= set(wanted))  # one alone is cheaper in ATen
     truths = gradients(gated_expression, [double(t) for t in inputs], dy.double(), wanted)
@@ -659,18 +660,18 @@ WITHOUT_BIAS = [wanted for wanted in subsets(5) if 2 not in wanted]
 )
 def test_gate_projected_add_gradients_that_are_needed(monkeypatch, wanted, bias):
     operands = projected_operands(normal(), bias=bias)
-    calls = counted(monkeypatch, "gate_projected_add_backward")
+    calls = counted(monkeypatch, gate_projected_add.BACKWARD)
     check_projected_autograd(*operands, wanted)
     found = [(x is not None, list(rows), need_bias) for _, x, _, _, _, rows, need_bias in calls]
     assert found == ([(1 in wanted, [4], 2 in wanted)] if {0, 4} <= set(wanted) else [])
 
 
 FULL = {
-    "gated_add": (gated_add_op, gated_expression, "gated_add_backward", [(5, 8), (5, 1), (5, 8)], 0),
+    "gated_add": (gated_add_op, gated_expression, gated_add.BACKWARD, [(5, 8), (5, 1), (5, 8)], 0),
     "gate_projected_add": (
         projected_op,
         projected_expression,
-        "gate_projected_add_backward",
+        gate_projected_add.BACKWARD,
         [(5, 6), (1, 6), (1,), (5, 8), (5, 8)],
         3,
     ),
@@ -759,7 +760,7 @@ def test_gradients_of_a_sum_and_twice(op, expression, backward, shapes, a):
 def test_eager_numerics_keep_eagers_gradients(monkeypatch, dtype):
     make = normal(dtype)
     inputs, dy = (make((5, 8)), make((5, 1)), make((5, 8))), make((5, 8))
-    calls = counted(monkeypatch, "gated_add_backward")
+    calls = counted(monkeypatch, gated_add.BACKWARD)
     got = gradients(lambda *tensors: gated_add_op(*tensors, numerics="eager"), inputs, dy)
     assert not calls
     assert all(map(torch.equal, got, gradients(gated_expression, inputs, dy)))
@@ -821,8 +822,8 @@ def test_compiled_training_runs_the_op(op, expression, backward, shapes, a):
     make = normal()
     inputs, dy = [make(shape) for shape in shapes], make((5, 8))
     got = gradients(compiled, inputs, dy)
-    assert getattr(library, backward) in targets
-    assert (library.gate_projected_add_and_logit in targets) == (op is projected_op)
+    assert backward.overload in targets
+    assert (gate_projected_add.AND_LOGIT.overload in targets) == (op is projected_op)
     assert all(map(torch.equal, got, gradients(op, inputs, dy)))
 
 

@@ -8,14 +8,18 @@ import sys
 
 import pytest
 import torch
-from ops_helpers import DEVICE, fill_fresh_memory_with_nan
+from ops_helpers import DEVICE, DIRECT, fill_fresh_memory_with_nan
 
 import fusionpass
-from fusionpass import direct, implementations, library
+from fusionpass import implementations
+from fusionpass.operators import gate_projected_add, gated_add, moe_combine
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.fusionpass
 NAMES = ["gated_add", "gate_projected_add", "moe_combine"]
+DECLARED = gated_add, gate_projected_add, moe_combine
+KERNELS = [(module, "kernel") for module in DECLARED]
+KERNELS += [(module, "backward_kernel") for module in (gated_add, gate_projected_add)]
 needs_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="stands in for another device")
 
 
@@ -41,18 +45,19 @@ def kernels_forbidden(monkeypatch):
     def forbidden():
         raise AssertionError("the kernels were asked for")
 
-    monkeypatch.setattr(implementations, "kernels", forbidden)
-    monkeypatch.setattr(direct, "kernels", forbidden)
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, forbidden)
 
 
 @needs_cpu
-@pytest.mark.parametrize("way", [OPS, direct], ids=["op", "direct"])
+@pytest.mark.parametrize("way", [OPS, DIRECT], ids=["op", "direct"])
 @pytest.mark.parametrize("records", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_device_without_kernels(monkeypatch, kernels_forbidden, name, records, way):
     """As of a GPU where Triton cannot be imported: forward and backward are ATen's."""
     monkeypatch.setattr(implementations, "kernel_dtypes", lambda a: implementations.NONE)
-    monkeypatch.setattr(direct, "kernel_dtypes", lambda a: implementations.NONE)
+    for module in DECLARED:
+        monkeypatch.setattr(module, "kernel_dtypes", lambda a: implementations.NONE)
     y = call(name, way, records=records)
     if records:
         y.sum().backward()
@@ -66,11 +71,13 @@ def test_a_device_without_kernels(monkeypatch, kernels_forbidden, name, records,
 )
 def test_a_gpu_without_bf16(monkeypatch, name, dtype, dtype_of_b, taken):
     """As of compute capability 7.5: what has bf16 in it is ATen's, the rest the kernels'."""
-    asked, kernels = [], implementations.kernels
-    for module in (implementations, direct):
+    asked = []
+    for module in (implementations, *DECLARED):
         monkeypatch.setattr(module, "kernel_dtypes", lambda a: implementations.NO_BFLOAT16)
-        monkeypatch.setattr(module, "kernels", lambda: asked.append(1) or kernels())
-    for way in (OPS, direct):
+    for module, kernel in KERNELS:
+        found = getattr(module, kernel)
+        monkeypatch.setattr(module, kernel, lambda found=found: asked.append(1) or found())
+    for way in (OPS, DIRECT):
         asked.clear()
         assert not call(name, way, dtype, dtype_of_b).isnan().any()
         assert bool(asked) == taken
@@ -156,11 +163,11 @@ def test_sizes_of_zero(implementation, t, k, h, dtype, bias):
     x, weight, beta, a, b = drawn((t, k), (1, k), (1,), (t, h), (t, h), dtype=dtype)
     inputs = x, weight, beta if bias else None, a, b
     near = {"rtol": torch.finfo(dtype).eps * 2, "atol": torch.finfo(dtype).eps * 2}
-    for way in (OPS, direct):
+    for way in (OPS, DIRECT):
         torch.testing.assert_close(way.gate_projected_add(*inputs), eager(*inputs), **near)
     if h:
         options = {"x": x, "gate_weight": weight, "gate_bias": inputs[2], "residual": a}
-        for way in (OPS, direct):
+        for way in (OPS, DIRECT):
             torch.testing.assert_close(way.moe_combine(a, b, **options)[0], a + eager(*inputs), **near)
 
 
@@ -187,4 +194,4 @@ def test_a_program_whose_gate_reads_no_columns(inner):
 def test_sparse_operands_are_refused():
     a, gate, b = drawn((4, 8), (4, 1), (4, 8))
     with pytest.raises(RuntimeError, match="b has layout torch.sparse_coo, allowed: torch.strided"):
-        library.gated_add(a, gate, b.to_sparse())
+        OPS.gated_add(a, gate, b.to_sparse())

@@ -10,7 +10,7 @@ from ops_helpers import DEVICE, assert_no_worse, doubled, fill_fresh_memory_with
 from torch.library import opcheck
 
 from fusionpass import implementations
-from fusionpass.kernels.aten_combine import moe_combine_expression
+from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", F16: "fp16", F32: "fp32"}
@@ -158,7 +158,7 @@ combined = pytest.mark.parametrize(("options", "natural"), COMBINED.values(), id
 
 
 def assert_combined(got, options, final):
-    truth = moe_combine_expression(*implementations.combine_arguments(**options), compute=torch.float64)
+    truth = moe_combine_expression(Arguments(**options), compute=torch.float64)
     for y, t in zip(got, truth, strict=True):
         assert y.dtype == final
         if t.numel():

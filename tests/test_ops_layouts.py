@@ -29,25 +29,27 @@ from ops_helpers import (
     sum_slack,
 )
 
-from fusionpass.kernels import aten, dependent, launching, layout
+from fusionpass.kernels import dependent, launching, layout
 from fusionpass.kernels import gate_projected_add as projected_kernel
+from fusionpass.kernels import gate_projected_add_aten as projected_aten
 from fusionpass.kernels import gated_add as gated_kernel
+from fusionpass.kernels import gated_add_aten as gated_aten
 
 
 def kernel_gated_add(a, gate, b, numerics="fp32"):
-    y = aten.empty_sum(a, gate, b)
+    y = gated_aten.empty_sum(a, gate, b)
     gated_kernel.launch(y, a, gate, b, numerics)
     return y
 
 
 def kernel_gate_projected_add(x, weight, bias, a, b):
-    y = aten.empty_row_gated_sum(a, b)
+    y = projected_aten.empty_row_gated_sum(a, b)
     projected_kernel.launch(y, x, weight, bias, a, b)
     return y
 
 
-GATED = {"kernel": kernel_gated_add, "aten": aten.gated_add}
-PROJECTED = {"kernel": kernel_gate_projected_add, "aten": aten.gate_projected_add}
+GATED = {"kernel": kernel_gated_add, "aten": gated_aten.gated_add}
+PROJECTED = {"kernel": kernel_gate_projected_add, "aten": projected_aten.gate_projected_add}
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")  # NumPy, of inf and nan
 implementations = pytest.mark.parametrize("implementation", ["kernel", "aten"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -66,7 +68,11 @@ def nan_filled(monkeypatch):
 
 def test_fresh_memory_is_nan():
     a = normal()((3, 4))
-    for made in (aten.empty_sum(a, a, a), aten.empty_sum(a.t(), a.t(), a.t()), aten.empty_row_gated_sum(a.t(), a.t())):
+    for made in (
+        gated_aten.empty_sum(a, a, a),
+        gated_aten.empty_sum(a.t(), a.t(), a.t()),
+        projected_aten.empty_row_gated_sum(a.t(), a.t()),
+    ):
         assert made.isnan().all()
 
 
@@ -99,7 +105,7 @@ def test_sum_strides_are_eagers_on_3000_random_layouts():
         expected = gated_expression(a, gate, b)
         given = shape, a.stride(), gate.shape, gate.stride(), b.stride()
         assert significant(made) == significant(expected), given
-        assert significant(aten.empty_sum(a, gate, b)) == significant(expected), given
+        assert significant(gated_aten.empty_sum(a, gate, b)) == significant(expected), given
 
 
 def test_collapse_visits_what_the_dims_visit():
@@ -222,7 +228,7 @@ def test_into_any_layout(implementation, seed, dims, dtype):
     a, gate, b = make(shape), make(random_gate_shape(rng, shape)), make(shape)
     base = []
     y = random_layout(rng, lambda shape: base.append(torch.full(shape, 77.0).to(a)) or base[0], shape, expand=False)
-    into = {"kernel": gated_kernel.launch, "aten": aten.gated_add_into}[implementation]
+    into = {"kernel": gated_kernel.launch, "aten": gated_aten.gated_add_into}[implementation]
     into(y, a, gate, b, "fp32")
     expected = GATED[implementation](a, gate, b)
     assert torch.equal(y, expected)
@@ -346,7 +352,7 @@ def test_eager_numerics_for_every_gate(dtype):
     gate, make = every_16_bit_value(dtype), normal(dtype)
     a, b = make(gate.shape), make(gate.shape)
     expected = gated_expression(a, gate, b)
-    assert torch.equal(aten.gated_add(a, gate, b, "eager").nan_to_num(), expected.nan_to_num())
+    assert torch.equal(gated_aten.gated_add(a, gate, b, "eager").nan_to_num(), expected.nan_to_num())
     y = kernel_gated_add(a, gate, b, "eager")
     assert torch.equal(y.isnan(), expected.isnan())
     different = y.nan_to_num() != expected.nan_to_num()
@@ -390,7 +396,7 @@ def test_eager_numerics_in_fp32():
     make = normal()
     a, gate, b = make((64, 512)), make((64, 512)) * 20, make((64, 512))
     expected = gated_expression(a, gate, b)
-    assert torch.equal(aten.gated_add(a, gate, b, "eager"), expected)
+    assert torch.equal(gated_aten.gated_add(a, gate, b, "eager"), expected)
     y = kernel_gated_add(a, gate, b, "eager")
     if DEVICE == "cuda":
         assert torch.equal(y, expected)

@@ -3,7 +3,8 @@
 eager     the expression as written
 compile   torch.compile(expression, dynamic=False, fullgraph=True)
 tuned     the same with coordinate_descent_tuning
-add       gated_add only: one torch.add(a, b), the same bytes without the gate, so what is within reach of a kernel
+add       gated_add only: one torch.add(a, b), the same bytes without the gate, so what is within reach of a kernel. An op
+          declares such a side as `beside` of its case
 here      torch.ops.fusionpass
 """
 
@@ -38,13 +39,8 @@ def sides_of(op_name: str, *, tuned: bool) -> list[Side]:
     if tuned:
         functions["tuned"] = torch.compile(op.eager, options={"coordinate_descent_tuning": True}, **fixed)
     sides = [Side(name, function, op.eager) for name, function in functions.items()]
-    if op_name == "gated_add":
-        sides.append(Side("add", _add, _add))
+    sides += [Side(name, function, function) for name, function in op.beside.items()]
     return [*sides, Side("here", op.here, op.eager)]
-
-
-def _add(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
-    return torch.add(a, b)
 
 
 def calls_of(function: Callable[..., Tensor], sets: Sequence[Operands]) -> list[Call]:

@@ -20,11 +20,12 @@ import fusionpass
 from fusionpass import backend
 from fusionpass.bench import MODES
 from fusionpass.bench.timing import interleaved
+from fusionpass.operators import OPS
 from fusionpass.private import reset
 
 STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
 WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
-OURS = ("moe_combine_kernel", "gate_projected_add_kernel", "gated_add")
+OURS = tuple(op.name for op in OPS if op.direct is not None)  # with which the names of their kernels begin
 
 
 @dataclass(frozen=True)

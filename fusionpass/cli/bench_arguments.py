@@ -71,8 +71,8 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         action="extend",
         type=_names,
         metavar="NAME",
-        help="gated_add, gate_projected_add, moe_combine, moe_combine_top_10, gated_add_backward, "
-        "gate_projected_add_backward; repeat or separate by commas; default: all",
+        help="cases, such as moe_combine or gated_add_backward (an unknown name lists them all); repeat or separate by "
+        "commas; default: all",
     )
     what.add_argument(
         "--tokens",

@@ -1,11 +1,5 @@
-"""The formulas in ATen: what the ops compute on a CPU, their gradients, and a differentiable form of each.
-
-numerics "fp32"   every intermediate in fp32, one rounding to the result's dtype at the end
-numerics "eager"  the unfused expression: sigmoid, product and sum each rounded to the dtype
-
-The result's dtype is the one given, else the operands' promoted. Mixed operands are promoted by ATen itself, so
-`fp32 * bf16` below is an fp32 product without a cast copy.
-"""
+"""gate_projected_add in ATen: what the op is defined for, what it computes where the kernel does not, its gradients, and the
+nodes. Computed in fp32 and rounded once, as `gated_add` with numerics "fp32"."""
 
 from __future__ import annotations
 
@@ -16,17 +10,38 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .contract import result_dtype
+from .contract import kind_problem, known_to_differ, listed, one_dtype_problem, result_dtype, shapes_differ
+from .gated_add_aten import gated_nodes
 from .layout import contiguous_strides, sum_strides
 
 
-def gated_add_expression(
-    a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None
-) -> Tensor:
-    """a + sigmoid(gate) * b from differentiable ops, for autograd transforms that need more than one derivative rule."""
-    if numerics == "eager":
-        return a + torch.sigmoid(gate) * b
-    return (a.float() + torch.sigmoid(gate.float()) * b.float()).to(result_dtype(dtype, a, gate, b))
+def gate_projected_add_problem(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> str | None:
+    projection = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
+    problem = kind_problem(projection | {"a": a, "b": b}, dtype) or one_dtype_problem(projection)
+    if problem is not None:
+        return problem
+    if not (x.dim() and a.dim()):
+        return f"{'a' if x.dim() else 'x'} has no dims, allowed: one or more"
+    if shapes_differ(a.shape, b.shape):
+        return f"b is {listed(b.shape)}, allowed: {listed(a.shape)} as a"
+    if known_to_differ(prod(x.shape[:-1]), prod(a.shape[:-1])):
+        return f"x is {listed(x.shape)}, allowed: as many rows as a, which is {listed(a.shape)}"
+    k = x.shape[-1]
+    if all(shapes_differ(weight.shape, allowed) for allowed in ((1, k), (k, 1), (k,))):
+        return f"weight is {listed(weight.shape)}, allowed: [1, {k}], [{k}, 1] or [{k}]"
+    if bias is not None and known_to_differ(bias.numel(), 1):
+        return f"bias is {listed(bias.shape)}, allowed: one element or None"
+    return None
+
+
+def check_gate_projected_add(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    problem = gate_projected_add_problem(x, weight, bias, a, b, dtype)
+    if problem is not None:
+        raise RuntimeError(f"fusionpass::gate_projected_add: {problem}")
 
 
 def gate_projected_add_expression(
@@ -38,19 +53,15 @@ def gate_projected_add_expression(
     return (a.float() + torch.sigmoid(gate) * b.float()).to(result_dtype(dtype, x, a, b))
 
 
+def projected_nodes(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """a + sigmoid(x . weight + bias) * b, as nodes."""
+    return gated_nodes(a, linear(x, weight.reshape(1, -1), None if bias is None else bias.reshape(1)), b)
+
+
 def constant_logit(bias: Tensor | None, x: Tensor, rows: Sequence[int]) -> Tensor:
     """The gate logit [..., 1] of an `x` without columns: the bias, or zero."""
     logit = x.new_zeros(1) if bias is None else bias.reshape(1)
     return logit.expand(*rows, 1)
-
-
-def empty_sum(a: Tensor, gate: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a; dtype: None for
-    that of `a`."""
-    if a.is_contiguous():
-        return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
-    strides = sum_strides(a.shape, a.stride(), gate.shape, gate.stride(), b.stride())
-    return torch.empty_strided(a.shape, strides, dtype=dtype or a.dtype, device=a.device)
 
 
 def empty_row_gated_sum(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,15 +73,6 @@ def empty_row_gated_sum(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) 
     return torch.empty_strided(a.shape, strides, dtype=dtype or a.dtype, device=a.device)
 
 
-def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype: torch.dtype | None = None) -> Tensor:
-    """a + sigmoid(gate) * b, a new tensor."""
-    if numerics == "eager":
-        return a + torch.sigmoid(gate) * b
-    y = empty_sum(a, gate, b, result_dtype(dtype, a, gate, b))
-    gated_add_into(y, a, gate, b)
-    return y
-
-
 def gate_projected_add(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -78,13 +80,6 @@ def gate_projected_add(
     y = empty_row_gated_sum(a, b, result_dtype(dtype, x, a, b))
     gate_projected_add_into(y, x, weight, bias, a, b)
     return y
-
-
-def gated_add_into(out: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> None:
-    """Write a + sigmoid(gate) * b into `out`, of any strides; `out` may be `a`, `b` or a full-size `gate` itself."""
-    if numerics == "fp32":
-        gate = gate.float()
-    torch.add(a, torch.sigmoid(gate) * b, out=out)
 
 
 def gate_projected_add_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
@@ -113,35 +108,6 @@ def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor) -> Ten
     if bias is not None:
         logit = logit + bias.reshape(1)
     return logit.reshape(*a.shape[:-1], 1)
-
-
-def gated_add_gradients(
-    dy: Tensor,
-    gate: Tensor | None,
-    b: Tensor | None,
-    numerics: str,
-    needs: tuple[bool, bool, bool],
-    dtypes: tuple[torch.dtype, torch.dtype] | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(da, dgate, db) of gated_add; None where `needs` says so. Only dgate reads b, only dgate and db read the gate.
-
-    dtypes: of a and b; None where they are that of dy.
-
-    da = dy;  dgate = sum over broadcast dims(dy * b) * s * (1 - s);  db = dy * s;  s = sigmoid(gate)
-    """
-    need_a, need_gate, need_b = needs
-    dtype_a, dtype_b = dtypes or (dy.dtype, dy.dtype)
-    da = dy.to(dtype_a) if need_a else None
-    if not (need_gate or need_b):
-        return da, None, None
-    eager = numerics == "eager"
-    s = torch.sigmoid(gate if eager else gate.float())
-    dgate = None
-    if need_gate:
-        ds = ((dy if eager else dy.float()) * b).sum_to_size(gate.shape)
-        dgate = torch.ops.aten.sigmoid_backward(ds, s).to(gate.dtype)
-    db = (dy * s).to(dtype_b) if need_b else None
-    return da, dgate, db
 
 
 def gate_projected_add_gradients(

@@ -1,0 +1,194 @@
+"""fusionpass::moe_combine: the combine region of a sparse layer, (sum, normed)
+
+sum    = residual + routed + sigmoid(gate) * b         routed = a, or sum_k topk_weights[t, k] * a[inverse[t, k]]
+normed = rms_norm(sum)                                 gate as it is given, or x . gate_weight + gate_bias
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fusionpass.implementations import ALL, kernel_dtypes, kernels_take
+from fusionpass.kernels import moe_combine_aten as aten
+from fusionpass.kernels.contract import result_dtype
+from fusionpass.kernels.gate_projected_add_aten import projected_nodes
+from fusionpass.kernels.gated_add_aten import gated_nodes
+from fusionpass.kernels.moe_combine_aten import TENSORS, Arguments
+from fusionpass.operators import gate_projected_add, gated_add
+from fusionpass.operators.autocast import cast, without_autocast
+from fusionpass.operators.declaration import Bench, Op, schema_of
+from fusionpass.operators.dispatch import beneath, plain, recorded, transforms_active
+from fusionpass.private import _DisableAutocast
+
+
+@functools.cache
+def kernel():
+    """Triton is imported when the first tensor arrives that the kernel takes."""
+    from fusionpass.kernels import moe_combine
+
+    return moe_combine
+
+
+def run(*args, **options) -> tuple[Tensor, Tensor]:
+    given = Arguments(*args, **options)
+    if kernels_take(*given[:TENSORS], dtype=given.dtype):
+        return kernel().moe_combine(given)
+    aten.check_moe_combine(given)
+    return aten.moe_combine_expression(given)
+
+
+def fake(*args, **options) -> tuple[Tensor, Tensor]:
+    given = Arguments(*args, **options)
+    aten.check_moe_combine(given)
+    shape, dtype = given.shaped().shape, given.result_dtype()
+    return given.b.new_empty(shape, dtype=dtype), given.b.new_empty((0,) if given.eps is None else shape, dtype=dtype)
+
+
+def direct(*args, **options) -> tuple[Tensor, Tensor]:
+    """`torch.ops.fusionpass.moe_combine`."""
+    given = Arguments(*args, **options)
+    tensors = given[:TENSORS]
+    taken = plain(*tensors) and (kernel_dtypes(given.a) is ALL or kernels_take(*tensors, dtype=given.dtype))
+    if taken and not recorded(*tensors):
+        return kernel().moe_combine(given)
+    return OP.overload(*args, **options)
+
+
+def under_autograd(keyset, *args, **options) -> tuple[Tensor, Tensor]:
+    """It has no backward of its own: where gradients are recorded its steps are taken."""
+    transformed = transforms_active()
+    tensors = (value for value in (*args, *options.values()) if isinstance(value, Tensor))
+    if not (transformed or recorded(*tensors)):
+        return beneath(keyset)(OP)(*args, **options)
+    given = Arguments(*args, **options)
+    aten.check_moe_combine(given)
+    return aten.moe_combine_expression(given) if transformed else _differentiated(given)
+
+
+def _differentiated(given: Arguments) -> tuple[Tensor, Tensor]:
+    """From ops that have gradients, which save no more than the nodes it replaces, and round no oftener."""
+    final = given.result_dtype()
+    of_core = final if given.residual is None else result_dtype(None, given.a, given.b, given.gate, given.x)
+
+    def projected(x, weight, bias, a, b):
+        return gate_projected_add.OP.overload(x, weight, bias, a, b, dtype=of_core)
+
+    def gated(a, gate, b):
+        return gated_add.OP.overload(a, gate, b, dtype=of_core)
+
+    def norm(total, weight, eps, offset):
+        # Eager's cast to float32 is a copy too: who writes the sum afterwards does not change the gradients.
+        return _RmsNorm.apply(total if total.dtype == torch.float32 else total.clone(), weight, eps, offset)
+
+    return aten.moe_combine_steps(given._replace(dtype=final), projected=projected, gated=gated, norm=norm)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """It saves the rows and the weight alone, and computes the rest of what its gradients need anew."""
+
+    @staticmethod
+    def forward(ctx, total, weight, eps, offset):
+        ctx.options = eps, offset
+        ctx.save_for_backward(total, weight)
+        return aten.norm_nodes(total, weight, eps, offset).to(total.dtype)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, dy):
+        gradients = aten.rms_norm_gradients(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:2])
+        return *gradients, None, None
+
+
+def under_autocast(*args, **options) -> tuple[Tensor, Tensor]:
+    """The projection computes in autocast's dtype. Where no `dtype` was given, the graph was traced without autocast, and
+    the dtypes of the results are what autocast makes of each node in turn: so the nodes themselves are computed."""
+    given = Arguments(*args, **options)
+    if given.dtype is None:
+        aten.check_moe_combine(given)
+        return aten.moe_combine_steps(given, projected=projected_nodes, gated=gated_nodes, norm=aten.norm_nodes)
+    options |= {name: cast(getattr(given, name)) for name in ("x", "gate_weight", "gate_bias")}
+    with _DisableAutocast():
+        return OP.overload(*args, **options)
+
+
+def under_inductor(*args, **options) -> tuple[Tensor, Tensor] | None:
+    given = Arguments(*args, **options)
+    aten.check_moe_combine(given)
+    if not kernels_take(*given[:TENSORS], dtype=given.dtype):
+        return aten.moe_combine_expression(given)
+    return kernel().traced(given)
+
+
+def launches() -> list:
+    return [kernel().moe_combine_kernel]
+
+
+# In the benchmark.
+
+TOP_K = 10  # as in Qwen3-Next
+EPS = 1e-6
+
+
+def _expression(x, gate_weight, a, b, residual, norm_weight):
+    total = residual + (a + torch.sigmoid(linear(x, gate_weight)) * b)
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return total, norm_weight * normed.to(total.dtype)
+
+
+def _here(x, gate_weight, a, b, residual, norm_weight):
+    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
+    return torch.ops.fusionpass.moe_combine(a, b, **options)
+
+
+def _shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
+    return {"x": (t, h), "weight": (1, h), "a": (t, h), "b": (t, h), "residual": (t, h), "norm_weight": (h,)}
+
+
+def _top_k_expression(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
+    a = (y * topk_weights)[inverse].view(-1, TOP_K, y.shape[-1]).sum(1)
+    return _expression(x, gate_weight, a, b, residual, norm_weight)
+
+
+def _top_k_here(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
+    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
+    routed = {"topk_weights": topk_weights, "inverse": inverse, "top_k": TOP_K, "permuted": True}
+    return torch.ops.fusionpass.moe_combine(y, b, **routed, **options)
+
+
+def _top_k_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
+    terms = {"y": (t * TOP_K, h), "topk_weights": (t * TOP_K, 1), "inverse": (t * TOP_K,)}
+    return {"x": (t, h), "weight": (1, h), **terms, "b": (t, h), "residual": (t, h), "norm_weight": (h,)}
+
+
+BENCH = Bench(  # gate projection, formula, residual, RMSNorm
+    _expression,
+    _here,
+    _shapes,
+    reads=lambda t, h: 4 * t * h + 2 * h,  # x, a, b, residual, weight, norm weight
+    writes=lambda t, h: 2 * t * h,  # the sum, the normed sum
+)
+TOP_K_BENCH = Bench(  # the same with the weighted sum that makes a; the inverse counts 4 elements of 16 bit
+    _top_k_expression,
+    _top_k_here,
+    _top_k_shapes,
+    reads=lambda t, h: (3 + TOP_K) * t * h + 2 * h + 5 * TOP_K * t,
+    writes=lambda t, h: 2 * t * h,
+)
+
+OP = Op(
+    f"moe_combine({schema_of(Arguments, positional=('a', 'b'))}) -> (Tensor, Tensor)",
+    run=run,
+    fake=fake,
+    autograd=under_autograd,
+    autocast=under_autocast,
+    inductor=under_inductor,
+    launches=launches,
+    direct=direct,
+    bench={"moe_combine": BENCH, "moe_combine_top_10": TOP_K_BENCH},
+)
+OPS = (OP,)

@@ -1,0 +1,225 @@
+"""moe_combine in ATen: the op's arguments, what it is defined for, what it computes where the kernel does not, and the
+nodes, for gradients, which the kernel has none of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .contract import (
+    MOST_COLUMNS,
+    MOST_TOP_K,
+    kind_problem,
+    known_outside,
+    known_to_differ,
+    listed,
+    one_dtype_problem,
+    result_dtype,
+    shapes_differ,
+)
+
+
+class Arguments(NamedTuple):
+    """The arguments of moe_combine, as its schema has them. The tensors come first.
+
+    A tuple costs a call less than a dict does, and its fields have names where speed does not matter.
+    """
+
+    a: Tensor  # the routed sum, [rows, H], or with top_k its terms, [rows * top_k, H]
+    b: Tensor
+    gate: Tensor | None = None  # one logit per row; or the projection x . gate_weight + gate_bias
+    x: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    topk_weights: Tensor | None = None
+    inverse: Tensor | None = None  # where the terms of each row are among those of `a`
+    masked: Tensor | None = None  # True for a term that counts as zero, in the order of `a`
+    residual: Tensor | None = None
+    norm_weight: Tensor | None = None
+    top_k: int = 0
+    permuted: bool = False  # whether the weights are in the order of `a`, not of the rows
+    eps: float | None = None  # None: there is no norm
+    offset: float = 0.0
+    dtype: torch.dtype | None = None
+
+    def shaped(self) -> Tensor:
+        """The argument that has the shape of the results."""
+        return self.b if self.residual is None else self.residual
+
+    def result_dtype(self) -> torch.dtype:
+        """Of both results. Neither the routing weights nor the norm's take part in promotion: they are often kept in
+        float32 beside rows of 16 bits, and the results are what the rows are."""
+        return result_dtype(self.dtype, self.a, self.b, self.gate, self.x, self.residual)
+
+
+TENSORS = Arguments._fields.index("top_k")  # how many of the arguments are tensors
+INDICES = {"inverse": (torch.int32, torch.int64), "masked": (torch.bool,)}  # the tensors that are not floating-point
+
+
+def moe_combine_problem(given: Arguments) -> str | None:
+    named = {name: t for name, t in zip(Arguments._fields, given[:TENSORS], strict=False) if t is not None}
+    for name in ("b", "a", "x", "residual"):
+        if name in named and named[name].dim() == 0:
+            return f"{name} has no dims, allowed: one or more"
+    b, h, top_k = given.b, given.b.shape[-1], given.top_k
+    floating = {"b": b} | {name: t for name, t in named.items() if name not in INDICES}
+    projection = {name: named[name] for name in ("x", "gate_weight", "gate_bias") if name in named}
+    problem = kind_problem(floating, given.dtype) or (one_dtype_problem(projection) if projection else None)
+    if problem is not None:
+        return problem
+    for name, allowed in INDICES.items():
+        if name in named and named[name].dtype not in allowed:
+            return f"{name} is {named[name].dtype}, allowed: {' or '.join(map(str, allowed))}"
+    for name, tensor in named.items():
+        if tensor.device != b.device:
+            return f"{name} is on {tensor.device}, allowed: {b.device} as b"
+    if known_outside(h, 1, MOST_COLUMNS):
+        return f"b has {h} columns, allowed: 1 to {MOST_COLUMNS}"
+    if not 0 <= top_k <= MOST_TOP_K or (top_k > 0) != ("topk_weights" in named):
+        return f"top_k is {top_k}, allowed: 1 to {MOST_TOP_K} with topk_weights, 0 without"
+    if ("inverse" in named or "masked" in named or given.permuted) and not top_k:
+        return "inverse, masked or permuted is given and top_k is 0, allowed: with topk_weights"
+    if given.permuted and "inverse" not in named:
+        return "permuted is True, allowed: with inverse"
+    if ("gate" in named) == ("x" in named) or ("x" in named) != ("gate_weight" in named):
+        return "allowed: either gate, or x and gate_weight"
+    if "gate_bias" in named and "x" not in named:
+        return "gate_bias is given without x"
+    rows = prod(b.shape[:-1])
+    slots = rows * top_k
+    sizes = {
+        "a": slots * h if top_k else rows * h,
+        "topk_weights": slots,
+        "inverse": slots,
+        "masked": slots,
+        "gate": rows,
+        "residual": rows * h,
+        "norm_weight": h,
+        "gate_bias": 1,
+    }
+    for name, size in sizes.items():
+        if name in named and known_to_differ(named[name].numel(), size):
+            return f"{name} is {listed(named[name].shape)}, allowed: {size} elements for b {listed(b.shape)}"
+    for name in ("a", "residual"):
+        if name in named and known_to_differ(named[name].shape[-1], h):
+            return f"{name} is {listed(named[name].shape)}, allowed: {h} columns as b"
+    if "x" in named:
+        x, weight = named["x"], named["gate_weight"]
+        if known_to_differ(prod(x.shape[:-1]), rows):
+            return f"x is {listed(x.shape)}, allowed: as many rows as b, which is {listed(b.shape)}"
+        k = x.shape[-1]
+        if all(shapes_differ(weight.shape, allowed) for allowed in ((1, k), (k, 1), (k,))):
+            return f"gate_weight is {listed(weight.shape)}, allowed: [1, {k}], [{k}, 1] or [{k}]"
+    if given.eps is None and "norm_weight" in named:
+        return "norm_weight is given without eps"
+    return None
+
+
+def check_moe_combine(given: Arguments) -> None:
+    problem = moe_combine_problem(given)
+    if problem is not None:
+        raise RuntimeError(f"fusionpass::moe_combine: {problem}")
+
+
+def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The sum and the normed sum in differentiable ops, computed in `compute` and rounded once; the truth in float64,
+    which is rounded not at all."""
+    h, final = given.b.shape[-1], compute
+    if compute == torch.float32:
+        final = given.result_dtype()
+    shape = given.shaped().shape
+    b = given.b.reshape(-1, h).to(compute)
+    routed = given.a.reshape(-1, h).to(compute)
+    if given.top_k:
+        weights = given.topk_weights.reshape(-1, 1).to(compute)
+        routed = weighted_sum(routed, weights, given)
+    if given.x is None:
+        gate = given.gate
+    else:
+        x = given.x.reshape(b.shape[0], given.x.shape[-1])
+        bias = None if given.gate_bias is None else given.gate_bias.reshape(1).to(compute)
+        gate = linear(x.to(compute), given.gate_weight.reshape(1, -1).to(compute), bias)
+    total = routed + torch.sigmoid(gate.reshape(-1, 1).to(compute)) * b
+    if given.residual is not None:
+        total = total + given.residual.reshape(-1, h).to(compute)
+    if given.eps is None:
+        return total.to(final).reshape(shape).contiguous(), total.new_empty(0, dtype=final)
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + given.eps)
+    if given.norm_weight is not None:
+        normed = normed * (given.norm_weight.to(compute) + given.offset)
+    # Eager may hand on the very memory of a view; the op's results are always their own.
+    return tuple(result.to(final).reshape(shape).contiguous() for result in (total, normed))
+
+
+def weighted_sum(y: Tensor, weights: Tensor, given: Arguments) -> Tensor:
+    """Of the rows of `y` and one weight for each, [rows / top_k, columns], in the dtype that promotion gives."""
+    if given.masked is not None:
+        y = y.masked_fill(given.masked.reshape(-1, 1), 0)
+    if given.permuted:
+        y = y * weights
+    if given.inverse is not None:
+        y = y[given.inverse.reshape(-1)]
+    if not given.permuted:
+        y = y * weights
+    return y.reshape(y.shape[0] // given.top_k, given.top_k, y.shape[-1]).sum(1)
+
+
+Projected = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]
+Gated = Callable[[Tensor, Tensor, Tensor], Tensor]
+Norm = Callable[[Tensor, Tensor | None, float, float], Tensor]
+
+
+def moe_combine_steps(given: Arguments, *, projected: Projected, gated: Gated, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The sum and the normed sum step by step, as the nodes compute them that the op replaces; each step in the dtype that
+    its operands or autocast give it, the sum in the `dtype` that is given, if one is.
+
+    For where autograd records, since no more is then saved than by these nodes, and for autocast, whose rules go by node.
+    projected, gated, norm: how the three steps that differ are computed.
+    """
+    h, shape = given.b.shape[-1], given.shaped().shape
+    b, routed = given.b.reshape(-1, h), given.a.reshape(-1, h)
+    if given.top_k:
+        routed = weighted_sum(routed, given.topk_weights.reshape(-1, 1), given)
+    if given.x is None:
+        total = gated(routed, given.gate.reshape(-1, 1), b)
+    else:
+        x = given.x.reshape(b.shape[0], given.x.shape[-1])
+        total = projected(x, given.gate_weight, given.gate_bias, routed, b)
+    if given.residual is not None:
+        total = total + given.residual.reshape(-1, h)
+    total = (total if given.dtype is None else total.to(given.dtype)).reshape(shape).contiguous()
+    return total, total.new_empty(0) if given.eps is None else norm(total, given.norm_weight, given.eps, given.offset)
+
+
+def norm_nodes(total: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """The RMSNorm as nodes: in float32, its result in the dtype of the sum, or of the weight where that is wider."""
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(total.dtype)
+    return (normed * (weight.reshape(-1).float() + offset)).to(torch.promote_types(total.dtype, weight.dtype))
+
+
+def rms_norm_gradients(
+    dy: Tensor, total: Tensor, weight: Tensor | None, eps: float, offset: float, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dtotal, dweight) of the RMSNorm of `total`, computed in fp32; None where `needs` says so.
+
+    dtotal = r * (g - n * mean(g * n));  dweight = sum over rows(dy * n);  r = rsqrt(mean(total ** 2) + eps);
+    n = total * r;  g = dy * (offset + weight)
+    """
+    wide, dy = total.float(), dy.float()
+    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    n = wide * r
+    dweight = None
+    if weight is not None and needs[1]:
+        dweight = (dy * n).reshape(-1, n.shape[-1]).sum(0).reshape(weight.shape).to(weight.dtype)
+    if not needs[0]:
+        return None, dweight
+    g = dy if weight is None else dy * (weight.float().reshape(-1) + offset)
+    return (r * (g - n * (g * n).mean(-1, keepdim=True))).to(total.dtype), dweight
