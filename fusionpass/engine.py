@@ -43,6 +43,7 @@ class Outcome:
     misses: list[Miss] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
     switched_off: bool = False  # PyTorch's tools kept the pass from running
+    absent: tuple[str, ...] = ()  # what each rule that was tried says of a graph without a reading
 
 
 def run(
@@ -67,7 +68,7 @@ def run(
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
-    outcome = Outcome()
+    outcome = Outcome(absent=tuple(rule.absent for rule, *_ in chosen(options.rules)))
     _Pass(options, foreign, tuned, outcome, graph_module, keeps, among).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
@@ -185,10 +186,7 @@ class _OneGraph:
             else:
                 larger = stage.grow(site, self.words, self.effects)
             refusal = self.whole.kept(self.gm, larger) if isinstance(larger, Site) else larger
-            if refusal is None:
-                site = larger
-            else:
-                site = replace(site, stopped=[*site.stopped, (stage.name, refusal)])
+            site = larger if refusal is None else replace(site, stopped=[*site.stopped, (stage.name, refusal)])
         return self.narrowed(site)
 
     def narrowed(self, site: Site) -> Site:

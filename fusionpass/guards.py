@@ -1,7 +1,7 @@
 """When a formula may not be replaced: each guard is one question about a site, answered by a refusal or None.
 
-A rule lists its guards, cheapest first; the first refusal is the one reported. Those here are of use to any rule; `GUARDS` are
-the ones that every rule needs.
+A rule lists its guards, cheapest first; the first refusal is the one reported. Those here are of use to any rule;
+`GUARDS` are the ones that every rule needs.
 """
 
 from __future__ import annotations

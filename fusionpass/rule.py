@@ -28,7 +28,8 @@ class Stage:
 
     Attributes:
         name: as reports, the option `rules` and `fusionpass rules` have it.
-        formula: what it computes, as `name = expression`.
+        formula: what it computes, as `name = expression`, in functions of torch and torch.nn.functional: a program that it
+            takes in, when a rule's formula stands around it. A core's result is `out`.
         needs: what it asks of its surroundings, for people.
         codes: refusal code -> what it means.
         grow: given a site, the larger one (see `Site.grown`), or why the stage stays outside.
@@ -71,7 +72,8 @@ class Rule:
     """A core formula, and what one op may take over around it.
 
     Attributes:
-        name, formula, needs, codes, saves, version: as a `Stage` has them.
+        name, needs, codes, saves, version: as a `Stage` has them.
+        formula: what it computes, as an expression: a program that it rewrites.
         op: what a site becomes, unless a stage gives it another op.
         anchors: the operations at which a reading begins: words of `fusionpass.vocabulary`, in-place forms with a trailing
             underscore, or torch's own names of others ("silu").

@@ -168,7 +168,7 @@ def _number(size: Any) -> Any:
 
 
 def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare: bool) -> Any:
-    """A value for what the region reads, laid out as the recorded one is; a weight so that its products add up to about 1."""
+    """A value for what the region reads, laid out as the recorded one is; weights are drawn so that sums are around 1."""
     recorded = value_of(node)
     if not isinstance(recorded, Tensor):
         return _number(recorded) if isinstance(recorded, torch.SymInt | torch.SymFloat | torch.SymBool) else recorded

@@ -259,7 +259,7 @@ def _checked(site: Site, found: WeightedSum) -> WeightedSum | Refusal:
 
 STAGE = Stage(
     name="finalize",
-    formula="a = sum_k weights[t, k] * y[inverse[t, k]]",
+    formula="a = (weights[..., None] * y[inverse].view(*weights.shape, -1)).sum(-2)",
     needs=(
         "a sum over the last dim but one of a product with one weight per row",
         "views that keep the rows' order, and at most one gather of rows, in between",

@@ -132,7 +132,7 @@ def _shapes(site: GatedSite, found: Projection, words: Vocabulary) -> Refusal | 
 
 STAGE = Stage(
     name="gate_projection",
-    formula="gate = x @ weight.T + bias",
+    formula="gate = linear(x, weight, bias)",
     needs=(
         "linear, mm, matmul, mv or addmm with one output column",
         "nothing but views that keep the rows' order between it and the sigmoid",

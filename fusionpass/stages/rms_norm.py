@@ -283,7 +283,7 @@ def _movable(weight: Node | str | None) -> Node | str | None:
 
 STAGE = Stage(
     name="rms_norm",
-    formula="normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight)",
+    formula="normed = out * rsqrt(mean(out ** 2, -1, keepdim=True) + eps) * (offset + weight)",
     needs=(
         "an RMSNorm over the last dim of the sum, torch's own or written out",
         "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
