@@ -5,7 +5,7 @@ Inductor makes one kernel of the weighted sum, the formula, the residual add and
 projection. Our op saves the second. What of the first it does not cover becomes a kernel of its own, and the tensor
 between the two goes through memory:
 
-    saved = PROJECTION_US where the op computes the gate logit
+    saved = what the rule and its stages say: PROJECTION_US where the op computes the gate logit
     lost  = sum of KERNEL_US + bytes / BYTES_PER_US over the neighbours that Inductor would have fused with the formula
 
 A site is left alone when it loses more than it saves; a tie is rewritten.
@@ -13,16 +13,12 @@ A site is left alone when it loses more than it saves; a tie is rewritten.
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 from torch.fx import Node
 
 from fusionpass.effects import Effects
 from fusionpass.identity import torch_name
 from fusionpass.match import Refusal, Site
-from fusionpass.nodes import gather_of, is_cast, is_view, readers
-from fusionpass.options import Options
+from fusionpass.nodes import gather_of, is_cast, is_view, pointwise_or_reduction, readers
 from fusionpass.private import OpOverload
 from fusionpass.tensors import tensor_of
 from fusionpass.traffic import bytes_of
@@ -34,47 +30,42 @@ KERNEL_US = 1.3  # one kernel more in a replayed graph: the smallest, gated_add 
 BYTES_PER_US = 3.0e6  # a copy of many times the L2 cache moves 3.0 TB/s, reads and writes together
 
 FUSING = ("inductor",)
-REDUCTIONS = frozenset(
-    "sum mean amax amin var std prod softmax log_softmax layer_norm rms_norm group_norm norm".split()
-)
-
-# Python's operators that aten calls otherwise.
-OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "invert": "bitwise_not"}
 
 
-def left_to_inner(site: Site, effects: Effects, options: Options, *, tuned: bool) -> Refusal | None:
+def saved_projection(site: Site, tuned: bool) -> float:
+    """Microseconds that the op saves where it computes the gate's projection as well."""
+    return TUNED_PROJECTION_US if tuned else PROJECTION_US
+
+
+def left_to_inner(site: Site, effects: Effects, inner: object, saved: float) -> Refusal | None:
     """Why the site is better left to the inner compiler; None when it is not.
 
     Args:
-        tuned: the inner compiler tunes by coordinate descent (Inductor's max-autotune modes).
+        inner: the option of this name.
+        saved: microseconds that the op saves it.
     """
-    if options.inner not in FUSING or options.numerics == "eager":  # whoever asks for eager's bits wants them first
+    if inner not in FUSING or site.numbers["numerics"] == "eager":  # whoever asks for eager's bits wants them first
         return None
     # Inductor is given the bare formula, and on a CPU the whole region, as it stands (see `fusionpass.inductor`).
-    if site.stages == ["gated_add"] or tensor_of(site.end).device.type == "cpu":
+    if site.op.opened or (site.op.opened_on_cpu and tensor_of(site.end).device.type == "cpu"):
         return None
-    saved = (TUNED_PROJECTION_US if tuned else PROJECTION_US) if site.projection is not None else 0.0
     lost = [*_producers(site), *_consumers(site, effects)]
     moved = [bytes_of(tensor_of(node)) for node in lost]
     if not lost:
         return None
     names = ", ".join(node.name for node in lost)
     if None in moved:
-        return Refusal(
-            "left-to-inner", "{} would fuse {} with the formula, and their size is unknown", options.inner, names
-        )
+        return Refusal("left-to-inner", "{} would fuse {} with the formula, and their size is unknown", inner, names)
     cost = len(lost) * KERNEL_US + 2 * sum(moved) / BYTES_PER_US
     if cost <= saved:
         return None
     text = "{} fuses {} with the formula: kept apart they cost about {:.1f} us, and the op saves {:.1f}"
-    return Refusal("left-to-inner", text, options.inner, names, cost, saved)
+    return Refusal("left-to-inner", text, inner, names, cost, saved)
 
 
 def _producers(site: Site) -> list[Node]:
     """What computes an operand for the op alone, and would be computed inside Inductor's kernel."""
-    operands = [site.b, site.residual, site.a if site.finalize is None else site.finalize.y]
-    if site.projection is None:
-        operands.append(site.gate)
+    operands = [site.node(name) for name in site.op.rows]
     inside = set(site.parts)
     found = []
     for operand in dict.fromkeys(node for node in operands if node is not None):
@@ -93,9 +84,8 @@ def _only_inside(reader: Node, inside: set[Node]) -> bool:
 
 def _consumers(site: Site, effects: Effects) -> list[Node]:
     """Results that a node reads which Inductor could compute in the same kernel: all else it needs stands before the op."""
-    results = [site.end] if site.norm is None else [site.end, site.norm.result]
     inside, now = set(site.parts), effects.position[site.end]
-    return [result for result in results if _read_by_pointwise(result, inside, now, effects)]
+    return [result for result in site.results if _read_by_pointwise(result, inside, now, effects)]
 
 
 def _read_by_pointwise(node: Node, inside: set[Node], now: int, effects: Effects) -> bool:
@@ -122,16 +112,4 @@ def _fuses(node: Node) -> bool:
         return False
     if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims"):
         return False
-    return is_cast(node) or gather_of(node) is not None or _pointwise_or_reduction(torch_name(node))
-
-
-@cache
-def _pointwise_or_reduction(name: str) -> bool:
-    name = name.strip("_")
-    if name in REDUCTIONS:
-        return True
-    for spelled in (name, name.removeprefix("i"), name.removeprefix("r")):  # iadd, __radd__
-        packet = getattr(torch.ops.aten, OPERATORS.get(spelled, spelled), None)
-        if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()):
-            return True
-    return False
+    return is_cast(node) or gather_of(node) is not None or pointwise_or_reduction(torch_name(node))

@@ -10,7 +10,7 @@ traced: Dynamo guards on equal tensors, not on overlapping ones. A write to any 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from functools import cache
@@ -118,9 +118,15 @@ class Effects:
         tensors = value if isinstance(value, (list, tuple)) else (value,)
         return frozenset(key for t in tensors if isinstance(t, torch.Tensor) for key in storage_keys(t))
 
-    def write_between(self, operand: Node, read: Node, now: Node, but: Collection[Node] = ()) -> Node | None:
-        """The first node after `read` and before `now`, `but` for some, that may write the operand's memory, or None."""
+    def write_between(self, operand: Node | str, read: Node, now: Node, but: Collection[Node] = ()) -> Node | None:
+        """The first node after `read` and before `now`, `but` for some, that may write the operand's memory, or None.
+
+        Of a parameter by its path, which no node of the graph stands for, any write may.
+        """
         start, end = self.position[read], self.position[now]
+        if isinstance(operand, str):
+            position = _first_between(self._all_writes, start, end)
+            return None if position is None else self._nodes[position]
         if _first_between(self._all_writes, start, end) is None:
             return None
         storages = self.storages(operand)
@@ -132,19 +138,19 @@ class Effects:
         found = [p for positions in suspects if (p := _first_between(positions, start, end, mine)) is not None]
         return self._nodes[min(found)] if found else None
 
-    def any_write_between(self, first: Node, last: Node) -> Node | None:
-        """The first node between the two that writes anything: for memory no node of the graph stands for."""
-        position = _first_between(self._all_writes, self.position[first], self.position[last])
-        return None if position is None else self._nodes[position]
+    def writes(self, node: Node) -> bool:
+        """Whether the node may write anything."""
+        index = bisect_left(self._all_writes, self.position[node])
+        return index < len(self._all_writes) and self._all_writes[index] == self.position[node]
 
     def state_change_between(self, first: Node, last: Node) -> Node | None:
         """The first node between the two that switches grad mode, autocast, a functorch level or the stream."""
         position = _first_between(self._states, self.position[first], self.position[last])
         return None if position is None else self._nodes[position]
 
-    def reshaped_by(self, operand: Node) -> Node | None:
+    def reshaped_by(self, operand: Node | str) -> Node | None:
         """A node that changes the shape or strides of the operand's memory in place: what was recorded of it lies."""
-        if not self._reshaped:
+        if not self._reshaped or isinstance(operand, str):
             return None
         for key in self.storages(operand):
             if key in self._reshaped:

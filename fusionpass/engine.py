@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Container, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fusionpass import ops  # noqa: F401  registers torch.ops.fusionpass
 from fusionpass.copying import child_graphs
 from fusionpass.cost import left_to_inner
 from fusionpass.effects import Effects
-from fusionpass.guards import judge, one_dtype
+from fusionpass.identity import torch_name
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import readers
 from fusionpass.options import Options
-from fusionpass.pattern import ANCHORS, find
 from fusionpass.provenance import module_of, source_of
 from fusionpass.records import Miss, Rewrite
 from fusionpass.replace import insert, take_over
-from fusionpass.stages import STAGES
-from fusionpass.stages.common import narrow_to, narrowed
+from fusionpass.rule import Reading, Rule
+from fusionpass.rules import Chosen, chosen
+from fusionpass.stages.common import narrowed
 from fusionpass.statements import redirect, restore
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
 from fusionpass.traffic import counted_against, fused, kept, unfused
@@ -43,6 +43,7 @@ class Outcome:
     misses: list[Miss] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
     switched_off: bool = False  # PyTorch's tools kept the pass from running
+    absent: tuple[str, ...] = ()  # what each rule that was tried says of a graph without a reading
 
 
 def run(
@@ -67,7 +68,7 @@ def run(
     Raises:
         VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
     """
-    outcome = Outcome()
+    outcome = Outcome(absent=tuple(rule.absent for rule, *_ in chosen(options.rules)))
     _Pass(options, foreign, tuned, outcome, graph_module, keeps, among).over(graph_module, inside_functorch=False)
     if not log.isEnabledFor(logging.INFO):
         return outcome
@@ -95,68 +96,125 @@ class _Pass:
         if id(gm) in self.seen:  # a child that several higher-order calls share
             return
         self.seen.add(id(gm))
-        words = Vocabulary(gm)
+        graph = _OneGraph(gm, inside_functorch, self)
         self.outcome.nodes += len(gm.graph.nodes)
-        operations = [(node, words.operation(node)) for node in gm.graph.nodes]
-        sums = [node for node, operation in operations if operation in ANCHORS and self.asked(node)]
-        in_place = [node for node, operation in operations if operation is not None and operation.endswith("_")]
-        redirected = redirect(gm.graph, in_place, words)
-        effects: Effects | None = None
-        gone: set[str] = set()  # names of nodes that a site before has taken in
-        for add in sums:
-            readings = [] if add.name in gone else list(find(words, add))
-            if not readings:
-                continue
-            effects = effects or Effects(gm, inside_functorch)
-            site, refusal = self.judged(readings, words, effects, self.kept if gm is self.root else None)
-            if refusal is not None:
-                self.outcome.misses.append(_miss(add, refusal))
-                continue
-            self.outcome.rewrites.append(self.replace(gm, site, words, effects))
-            gone.update(self.outcome.rewrites[-1].nodes)
-        restore(gm.graph, redirected)
-        if gone:
-            gm.recompile()
+        graph.rewrite()
         children = child_graphs(gm)
         if children:  # asked once, not once per child: a model may have one per layer
-            inside = _inside_functorch(gm, children, effects or Effects(gm, inside_functorch))
+            inside = _inside_functorch(gm, children, graph.effects)
         for path, child in children.items():
             self.over(child, path in inside)
 
     def asked(self, node: Node) -> bool:
         return self.among is None or node in self.among
 
-    def kept(self, site: Site) -> Refusal | None:
-        return self.keeps(site, self.outcome.renamed) if self.keeps is not None else None
+    def kept(self, gm: GraphModule, site: Site) -> Refusal | None:
+        """Why what owns the graph needs nodes of the site to stay; only the outermost graph has such an owner."""
+        if self.keeps is None or gm is not self.root:
+            return None
+        return self.keeps(site, self.outcome.renamed)
 
-    def judged(self, readings, words: Vocabulary, effects: Effects, kept) -> tuple[Site | None, Refusal | None]:
+
+class _OneGraph:
+    """The pass over one graph, without those within it."""
+
+    def __init__(self, gm: GraphModule, inside_functorch: bool, whole: _Pass):
+        self.gm = gm
+        self.whole = whole
+        self.options, self.outcome = whole.options, whole.outcome
+        self.words = Vocabulary(gm)
+        self._inside_functorch = inside_functorch
+
+    @cached_property
+    def effects(self) -> Effects:
+        """Asked only where there is a reading: it takes longer than to find none."""
+        return Effects(self.gm, self._inside_functorch)
+
+    def rewrite(self) -> None:
+        graph, words = self.gm.graph, self.words
+        operations = [(node, words.operation(node)) for node in graph.nodes]
+        rules = chosen(self.options.rules)
+        beginnings = [(rule, self._anchored(rule.rule, operations)) for rule in rules]
+        in_place = [node for node, operation in operations if operation is not None and operation.endswith("_")]
+        redirected = redirect(graph, in_place, words)
+        gone: set[str] = set()  # names of nodes that a site before has taken in
+        for rule, anchors in beginnings:
+            for anchor in anchors:
+                readings = [] if anchor.name in gone else list(rule.rule.find(words, anchor))
+                if not readings:
+                    continue
+                site, refusal = self.judged(rule, readings)
+                if refusal is not None:
+                    self.outcome.misses.append(_miss(anchor, rule.rule, refusal))
+                    continue
+                self.outcome.rewrites.append(self.replace(rule.rule, site))
+                gone.update(self.outcome.rewrites[-1].nodes)
+        restore(graph, redirected)
+        if gone:
+            self.gm.recompile()
+
+    def _anchored(self, rule: Rule, operations: Sequence[tuple[Node, str | None]]) -> list[Node]:
+        """The nodes at which a reading of the rule may begin."""
+        begins, asked = rule.begins_at, self.whole.asked
+        found = [node for node, operation in operations if operation in begins and asked(node)]
+        if rule.has_other_words:
+            others = (node for node, operation in operations if operation is None and torch_name(node) in begins)
+            position = {node: index for index, (node, _) in enumerate(operations)}
+            found = sorted((*found, *filter(asked, others)), key=position.__getitem__)
+        return found
+
+    def judged(self, rule: Chosen, readings: Sequence[Reading]) -> tuple[Site, Refusal | None]:
         """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
-        site, refusal = _choose(readings, effects, self.foreign)
-        refusal = refusal or one_dtype(site, self.options)
-        if refusal is None and kept is not None:
-            refusal = kept(site)
+        site, refusal = _choose(rule.rule, readings, self.effects, self.options.numerics, self.whole.foreign)
+        if refusal is None and self.options.numerics == "eager":
+            refusal = rule.rule.bits(site)
+        refusal = refusal or self.whole.kept(self.gm, site)
         if refusal is not None:
             return site, refusal
-        _grow(site, words, effects, self.options, kept)
+        site = self.grown(rule, site)
         if self.options.profitable_only:
-            refusal = left_to_inner(site, effects, self.options, tuned=self.tuned)
+            tuned = self.whole.tuned
+            joined = (stage for stage in rule.stages if stage.name in site.stages)
+            saved = sum(each.saves(site, tuned) for each in (rule.rule, *joined))
+            refusal = left_to_inner(site, self.effects, self.options.inner, saved)
         return site, refusal
 
-    def replace(self, gm: GraphModule, site: Site, words: Vocabulary, effects: Effects) -> Rewrite:
+    def grown(self, rule: Chosen, site: Site) -> Site:
+        for stage in rule.stages:
+            if stage.name in rule.left_out:
+                larger = Refusal("not-allowed", "option 'rules' leaves out {}", stage.name)
+            else:
+                larger = stage.grow(site, self.words, self.effects)
+            refusal = self.whole.kept(self.gm, larger) if isinstance(larger, Site) else larger
+            site = larger if refusal is None else replace(site, stopped=[*site.stopped, (stage.name, refusal)])
+        return self.narrowed(site)
+
+    def narrowed(self, site: Site) -> Site:
+        """The site with the cast that alone reads its float32 sum: the op stores what the cast makes of it."""
+        if self.options.numerics != "fp32" or site.written_back is not None or not site.op.takes("dtype"):
+            return site
+        end = site.end
+        cast = narrowed(end)
+        if cast is None or readers(end) != [cast] or self.effects.state_change_between(end, cast) is not None:
+            return site
+        narrow = replace(site, results=[cast, *site.results[1:]], parts=[*site.parts, cast])
+        return site if self.whole.kept(self.gm, narrow) is not None else narrow
+
+    def replace(self, rule: Rule, site: Site) -> Rewrite:
         total = tensor_of(site.end)
-        inner = self.options.inner
-        kernels_before, bytes_before = unfused(site, words, inner, self.tuned)
-        kernels_fused, bytes_fused = fused(site, words, inner, self.tuned)
-        module, source = module_of(site.add), source_of(site.add)
+        inner, words, tuned, graph = self.options.inner, self.words, self.whole.tuned, self.gm.graph
+        kernels_before, bytes_before = unfused(site, words, inner, tuned)
+        kernels_fused, bytes_fused = fused(site, words, inner, tuned)
+        module, source = module_of(site.anchor), source_of(site.anchor)
         stopped = [{"stage": name, "code": refusal.code, "reason": refusal.reason} for name, refusal in site.stopped]
-        inserted = insert(gm.graph, site, self.options)
-        verified = validate(gm, site, inserted, self.options) if self.options.verify else None
-        new, gone, renamed = take_over(gm.graph, site, inserted, effects)
+        inserted = insert(graph, site)
+        verified = validate(self.gm, site, inserted) if self.options.verify else None
+        new, gone, renamed = take_over(graph, site, inserted, self.effects)
         kernels_kept, bytes_kept = kept([part for part in site.parts if part.name not in gone], words, inner)
-        if gm is self.root:  # names of a child graph's nodes say nothing outside it
+        if self.gm is self.whole.root:  # names of a child graph's nodes say nothing outside it
             self.outcome.renamed |= renamed
         return Rewrite(
-            rule="gated_add",
+            rule=rule.name,
             stages=list(site.stages),
             nodes=gone,
             replacement=new.name,
@@ -175,11 +233,16 @@ class _Pass:
         )
 
 
-def _choose(readings: list[tuple[Site, Refusal | None]], effects: Effects, foreign: str) -> tuple[Site, Refusal | None]:
+def _choose(
+    rule: Rule, readings: Sequence[Reading], effects: Effects, numerics: str, foreign: str
+) -> tuple[Site | None, Refusal | None]:
     """The first reading every guard accepts; else the one whose nodes stand closest together, with its refusal."""
-    refused: list[tuple[Site, Refusal]] = []
-    for site, obstacle in readings:
-        refusal = obstacle or judge(site, effects)
+    refused: list[tuple[Site | None, Refusal]] = []
+    for found, obstacle in readings:
+        site, refusal = found, obstacle
+        if refusal is None:
+            site = replace(found, op=rule.op, stages=[rule.name], numbers={**found.numbers, "numerics": numerics})
+            refusal = next((no for guard in rule.guards if (no := guard(site, effects)) is not None), None)
         if refusal is None and foreign:
             refusal = Refusal("subclass", "an input of the graph is a {}", foreign)
         if refusal is None:
@@ -199,28 +262,8 @@ def _inside_functorch(gm: GraphModule, children: Collection[str], effects: Effec
     return found
 
 
-def _grow(site: Site, words: Vocabulary, effects: Effects, options: Options, kept) -> None:
-    for stage in STAGES:
-        name = stage.INFO.name
-        if not options.allows(name):
-            refusal = Refusal("not-allowed", "option 'rules' leaves out {}", name)
-        else:
-            before = {key: list(value) if isinstance(value, list) else value for key, value in vars(site).items()}
-            refusal = stage.grow(site, words, effects, options)
-            if refusal is None and kept is not None and (refusal := kept(site)) is not None:
-                vars(site).update(before)
-        if refusal is not None:
-            site.stopped.append((name, refusal))
-    cast = narrowed(site.end) if options.numerics == "fp32" and not site.residual_written else None
-    if cast is not None and readers(site.end) == [cast] and effects.state_change_between(site.end, cast) is None:
-        before = site.end, list(site.parts)
-        narrow_to(site, cast)
-        if kept is not None and kept(site) is not None:
-            site.end, site.parts = before
-
-
-def _miss(add: Node, refusal: Refusal) -> Miss:
-    return Miss(add.name, "gated_add", refusal.code, refusal.reason, module_of(add), source_of(add), graph=0)
+def _miss(anchor: Node, rule: Rule, refusal: Refusal) -> Miss:
+    return Miss(anchor.name, rule.name, refusal.code, refusal.reason, module_of(anchor), source_of(anchor), graph=0)
 
 
 def foreign_type(values: Iterable[Any] | None) -> str:

@@ -19,7 +19,6 @@ from fusionpass.gradients import as_in_training
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import is_reshape
 from fusionpass.options import Options
-from fusionpass.stages.common import operands
 
 
 def rewrite_exported(program: ExportedProgram, options: Options) -> tuple[ExportedProgram, Outcome]:
@@ -75,20 +74,18 @@ class Boundaries:
     def crossed(self, site: Site, renamed: dict[str, str]) -> Refusal | None:
         """Why the site, as far as it has grown, may not be one op; None when every boundary stays as it is."""
         before = {new: old for old, new in renamed.items()}
-        results = [site.end] if site.norm is None else [site.end, site.norm.result]
-        reads = [node for _, node in (*operands(site), ("residual", site.residual)) if isinstance(node, Node)]
-        if site.norm is not None and isinstance(site.norm.weight, Node):
-            reads.append(site.norm.weight)
+        results = site.results
+        reads = [operand.value for operand in site.operands.values() if isinstance(operand.value, Node)]
         gone = list(_taken(site, {*results, *reads}))
-        for node in (*gone, *(results if site.combined else ())):
+        for node in (*gone, *(results if site.op.several else ())):
             for module, (given, out) in self.modules.items():
                 if node.name in given or node.name in out:
                     template = _RETURNED if node.name in out else _GIVEN
                     return Refusal("kept-module", template + ("" if node in gone else _ELEMENT), node, module)
         inside = self._around(site.end)
-        if site.norm is not None:
-            for module in inside ^ self._around(site.norm.result):
-                return Refusal("kept-module", _PARTED, site.end, site.norm.result, module)
+        for other in results[1:]:
+            for module in inside ^ self._around(other):
+                return Refusal("kept-module", _PARTED, site.end, other, module)
         for node in reads:
             if node.op == "placeholder" and node.name not in self._handed_in:  # a parameter, which every module reaches
                 continue

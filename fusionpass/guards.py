@@ -1,110 +1,90 @@
-"""When the formula may not be replaced: each guard is one question about a site, answered by a refusal or None.
+"""When a formula may not be replaced: each guard is one question about a site, answered by a refusal or None.
 
-They run in the order of `GUARDS`, cheapest first; the first refusal is the one reported.
+A rule lists its guards, cheapest first; the first refusal is the one reported. Those here are of use to any rule;
+`GUARDS` are the ones that every rule needs.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from functools import cache, reduce
+from collections.abc import Iterator
+from functools import cache
 
 import torch
+from torch.fx import Node
 
 from fusionpass.effects import Effects, fills_its_memory
-from fusionpass.kernels.contract import DTYPES
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import readers
-from fusionpass.options import Options
-from fusionpass.tensors import (
-    PLAIN_TYPES,
-    broadcasts_to,
-    dtype_text,
-    same_sizes,
-    shape_text,
-    tensor_of,
-    value_of,
-)
+from fusionpass.tensors import PLAIN_TYPES, attribute, tensor_of, value_of
 from fusionpass.verify import same_result
 
 CODES = {
-    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or is not known not to",
-    "dropout-between": "a dropout in training stands between the product and the sum",
-    "other-form": "one node computes the product or the sum as part of something else: glu, lerp, einsum, index_add",
-    "cast-between": "a cast rounds in between",
-    "scaled": "a factor, alpha or value other than 1 makes it another formula",
-    "odd-call": "the call has arguments the formula does not have",
-    "out-argument": "the result is written into a given tensor",
-    "module-hook": "a module of the formula has hooks",
-    "module-forward": "a module of the formula runs a forward that is not torch's own",
-    "scalar-operand": "a, b or the gate is a Python number",
     "no-metadata": "the tracer recorded no tensor for an operand",
-    "multi-use": "the product is read by others too, so it must stay",
-    "mixed-dtype": "the operands differ in dtype, and one is 0-d or no dtype of the op, or numerics is 'eager'",
-    "dtype": "a dtype outside bfloat16, float16, float32",
+    "scalar-operand": "an operand is a Python number",
+    "multi-use": "a node in between is read by others too, so it must stay",
     "device": "the operands live on different devices, or on one for which there is no kernel",
     "layout": "a sparse or otherwise not strided tensor",
     "subclass": "a tensor subclass, whose own rules would be bypassed",
     "zero-dim": "a 0-d operand, which promotes by other rules",
-    "shape": "a, b and the sum differ in shape, or are not known to be equal",
-    "gate-shape": "the gate is not known to broadcast to the sum",
-    "in-place": "the sigmoid or the product overwrites memory that somebody else reads",
-    "in-place-visible": "the sum is written into memory that somebody else reads",
+    "in-place": "a node of the formula overwrites memory that somebody else reads",
+    "in-place-visible": "the result is written into memory that somebody else reads",
     "functorch": "inside vmap, grad or jvp of torch.func, where the op has no rule",
-    "state-change-between": "grad mode, autocast or the stream changes between the reads and the sum",
+    "state-change-between": "grad mode, autocast or the stream changes between the reads and the result",
     "mutation-between": "an operand is overwritten between the old read and the new one",
     "metadata-mutation": "an operand's shape or strides are changed in place",
-    "result": "the op's result would differ from the sum in shape, dtype or device",
+    "needs-grad": "gradients are recorded, and the op has no backward",
+    "numerics-eager": "the option 'numerics' asks for the bits of the nodes, and the op rounds otherwise",
+    "result": "the op's result would differ in shape, dtype or device",
     "stride": "the op would lay the result out in memory otherwise than eager does",
     "kept-module": "a module whose call signature the exported program keeps would lose a value, or read another",
     "left-to-inner": "the inner compiler by itself would be faster (option profitable_only)",
 }
 
 
-def operands(site: Site) -> tuple[tuple[str, torch.fx.Node], ...]:
-    return ("a", site.a), ("gate", site.gate), ("b", site.b)
+def operands(site: Site) -> Iterator[tuple[str, Node]]:
+    """The operands that are values of the graph, by their names in sentences."""
+    for name, operand in site.operands.items():
+        if not isinstance(operand.value, str):
+            yield operand.said or name, operand.value
+
+
+def tensors(site: Site) -> Iterator[tuple[str, Node | str, torch.Tensor]]:
+    """All operands' tensors, those of parameters that only a path names included."""
+    for name, operand in site.operands.items():
+        path = isinstance(operand.value, str)
+        value = attribute(site.anchor.graph.owning_module, operand.value) if path else tensor_of(operand.value)
+        yield operand.said or name, operand.value, value
+
+
+def results(site: Site) -> Iterator[tuple[str, Node]]:
+    for name, node in zip(site.op.results, site.results, strict=False):
+        yield f"the {name}", node
 
 
 def recorded(site: Site, effects: Effects) -> Refusal | None:
-    for name, node in (*operands(site), ("the sum", site.add)):
+    for name, node in (*operands(site), *results(site)):
         if tensor_of(node) is None:
-            value = value_of(node)
+            value = value_of(node) if isinstance(node, Node) else node
             if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-                return Refusal("scalar-operand", "{} of {} is the number {}, not a tensor", name, site.add, node)
+                return Refusal("scalar-operand", "{} of {} is the number {}, not a tensor", name, site.anchor, node)
             return Refusal("no-metadata", "{} ({}) has no recorded tensor", name, node)
     return None
 
 
-def product_read_once(site: Site, effects: Effects) -> Refusal | None:
-    """The sigmoid may have other readers, and then stays; the product may not, or it would be computed twice."""
-    if site.a in site.handed_on:
-        return Refusal("multi-use", "{} adds {} to itself", site.add, site.a)
-    for part in site.handed_on:
-        found = readers(part)
-        if len(found) != 1:
-            names = ", ".join(sorted(reader.name for reader in found))
-            return Refusal("multi-use", "{} has {} users ({})", part, len(found), names)
-    return None
-
-
-def known_dtypes(site: Site, effects: Effects) -> Refusal | None:
-    dtypes = [tensor_of(node).dtype for _, node in operands(site)]
-    total = tensor_of(site.add).dtype
-    unknown = any(dtype not in DTYPES for dtype in (*dtypes, total))
-    if len({*dtypes, total}) > 1 and (unknown or any(tensor_of(node).dim() == 0 for _, node in operands(site))):
-        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, (*dtypes, total)))
-    if unknown:
-        return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(total))
-    promoted = reduce(torch.promote_types, dtypes)
-    if site.overwrites is None and not site.in_place and promoted != total:
-        text = "the op would give {}, which the operands promote to, eager gives {}"
-        return Refusal("result", text, dtype_text(promoted), dtype_text(total))
+def parts_read_once(site: Site, effects: Effects) -> Refusal | None:
+    """What the op does not give may be read by the nodes that it takes the place of, only."""
+    inside = set(site.parts)
+    for part in site.parts:
+        if part not in site.results and not inside.issuperset(readers(part)):
+            names = ", ".join(sorted(reader.name for reader in readers(part)))
+            return Refusal("multi-use", "{} has {} users ({})", part, len(readers(part)), names)
     return None
 
 
 def plain_tensors(site: Site, effects: Effects) -> Refusal | None:
     devices = {}
-    for name, node in operands(site):
-        tensor = tensor_of(node)
+    for name, node, tensor in tensors(site):
         if type(tensor) not in PLAIN_TYPES:
             return Refusal("subclass", "{} ({}) is a {}", name, node, type(tensor).__name__)
         if tensor.layout is not torch.strided:
@@ -133,51 +113,38 @@ def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def device_has_kernels(site: Site, effects: Effects) -> Refusal | None:
-    for name, node in operands(site):
-        tensor = tensor_of(node)
+    """Of this package's own ops."""
+    for name, node, tensor in tensors(site):
         problem = _missing_kernel(tensor.device, tensor.dtype)
         if problem:
             return Refusal("device", "{} ({}) is on {}: {}", name, node, tensor.device, problem)
     return None
 
 
-def shapes_fit(site: Site, effects: Effects) -> Refusal | None:
-    a, gate, b, total = (tensor_of(node) for node in (site.a, site.gate, site.b, site.add))
-    if not (same_sizes(a.shape, total.shape) and same_sizes(site.b_shape or b.shape, total.shape)):
-        return Refusal("shape", "a is {}, b {}, the sum {}", *map(shape_text, (a, b, total)))
-    if not broadcasts_to(gate.shape if site.gate_shape is None else site.gate_shape, total.shape):
-        return Refusal("gate-shape", "the gate is {}, the sum {}", shape_text(gate), shape_text(total))
-    return None
+def first_part(site: Site, effects: Effects) -> Node:
+    return min(site.parts, key=effects.position.__getitem__)
 
 
 def outside_functorch(site: Site, effects: Effects) -> Refusal | None:
-    if effects.inside_functorch(site.parts[0], site.add):
-        return Refusal("functorch", "{} stands inside a level of torch.func", site.add)
+    if effects.inside_functorch(first_part(site, effects), site.at):
+        return Refusal("functorch", "{} stands inside a level of torch.func", site.anchor)
     return None
 
 
 def one_state(site: Site, effects: Effects) -> Refusal | None:
-    change = effects.state_change_between(site.parts[0], site.add)
+    first = first_part(site, effects)
+    change = effects.state_change_between(first, site.at)
     if change is not None:
-        return Refusal("state-change-between", "{} runs between {} and {}", change, site.parts[0], site.add)
+        return Refusal("state-change-between", "{} runs between {} and {}", change, first, site.at)
     return None
 
 
-def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
-    # The sigmoid may have other readers, and one of them may write into it; the product has none.
-    reads = (
-        ("gate", site.gate, site.sigmoid, site.add),
-        ("the sigmoid", site.sigmoid, site.sigmoid, site.product),
-        ("b", site.b, site.product, site.add),
-    )
-    for name, node, read, now in reads:
-        writer = effects.write_between(node, read, now)
-        if writer is not None:
-            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, now)
-    for name, node in (*operands(site), ("the sum", site.add)):
-        writer = effects.reshaped_by(node)
-        if writer is not None:
-            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
+def nothing_else_written(site: Site, effects: Effects) -> Refusal | None:
+    """A node that writes may go only where the rule knows of it, and the two guards below have asked who sees it."""
+    for part in site.parts:
+        known = part in site.in_place or (part is site.anchor and site.overwrites is not None)
+        if effects.writes(part) and not known:
+            return Refusal("in-place", "{} may write into memory that others read", part)
     return None
 
 
@@ -188,14 +155,14 @@ def sum_owned(site: Site, effects: Effects) -> Refusal | None:
     """
     if site.overwrites is None:
         return None
-    if not fills_its_memory(site.add):
+    if not fills_its_memory(site.anchor):
         return Refusal(
-            "in-place-visible", "{} writes into {}, which is part of a larger buffer", site.add, site.overwrites
+            "in-place-visible", "{} writes into {}, which is part of a larger buffer", site.anchor, site.overwrites
         )
-    reader = effects.other_reader(site.overwrites, site.add)
+    reader = effects.other_reader(site.overwrites, site.anchor)
     if reader is not None:
         text = "{} writes into {}, which {} shows or reads"
-        return Refusal("in-place-visible", text, site.add, site.overwrites, reader)
+        return Refusal("in-place-visible", text, site.anchor, site.overwrites, reader)
     return None
 
 
@@ -214,10 +181,27 @@ def factors_owned(site: Site, effects: Effects) -> Refusal | None:
     return None
 
 
-def one_dtype(site: Site, options: Options) -> Refusal | None:
-    dtypes = [tensor_of(node).dtype for _, node in (*operands(site), ("the sum", site.add))]
-    if options.numerics == "eager" and len(set(dtypes)) > 1:
-        return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))
+def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
+    for name, operand in site.operands.items():
+        writer = effects.write_between(operand.value, operand.read, site.at)
+        if writer is not None:
+            text = "{} may write {} ({}) before {}"
+            return Refusal("mutation-between", text, writer, operand.said or name, operand.value, site.at)
+    for name, node in (*operands(site), *results(site)):
+        writer = effects.reshaped_by(node)
+        if writer is not None:
+            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
+    return None
+
+
+def gradients_kept(site: Site, effects: Effects) -> Refusal | None:
+    """An op without a backward may not stand where gradients are recorded."""
+    if site.op.trains or not torch.is_grad_enabled():
+        return None
+    for name, node, tensor in tensors(site):
+        if tensor.requires_grad:
+            text = "{} ({}) requires gradients, and {} has no backward: run under torch.no_grad() to let it join"
+            return Refusal("needs-grad", text, name, node, site.op.name)
     return None
 
 
@@ -227,24 +211,14 @@ def same_result_as_eager(site: Site, effects: Effects) -> Refusal | None:
 
 GUARDS = (
     recorded,
-    product_read_once,
-    known_dtypes,
+    parts_read_once,
     plain_tensors,
-    device_has_kernels,
-    shapes_fit,
     outside_functorch,
     one_state,
+    nothing_else_written,
     sum_owned,
     factors_owned,
     operands_unwritten,
+    gradients_kept,
     same_result_as_eager,
 )
-
-
-def judge(site: Site, effects: Effects) -> Refusal | None:
-    """The first guard's refusal, None when the site may be replaced."""
-    for guard in GUARDS:
-        refusal = guard(site, effects)
-        if refusal is not None:
-            return refusal
-    return None

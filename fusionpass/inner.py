@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from fusionpass.copying import child_graphs
 from fusionpass.identity import torch_name
 from fusionpass.options import Options
+from fusionpass.rules import own
 from fusionpass.settings import of_mode
 from fusionpass.sources import in_cache_keys
 
@@ -52,7 +53,7 @@ def compile_inner(
     settings = inductor_settings(options)
     if options.inner == "inductor" and rewritten and "layout_optimization" not in settings:
         settings |= layout_kept(graph_module)
-    with in_cache_keys() if rewritten else nullcontext():
+    with in_cache_keys(own(options.rules)) if rewritten else nullcontext():
         if not settings:
             return compiler(graph_module, example_inputs)
         return compiler(graph_module, example_inputs, config_patches=settings)

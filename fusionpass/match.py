@@ -1,21 +1,18 @@
-"""The values that travel through the pass: a site on its way, a refusal, and what a rule says of itself."""
+"""The values that travel through the pass: a refusal, an operand, and a site on its way."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch.fx import Node
 
+from fusionpass.replacement import Op
+from fusionpass.tensors import tensor_of
 
-@dataclass(frozen=True)
-class RuleInfo:
-    """What `fusionpass rules` prints of a rule or stage."""
-
-    name: str
-    kind: str  # "rule" for a core formula, "stage" for what it grows over
-    formula: str
-    needs: tuple[str, ...]
-    codes: dict[str, str]  # refusal code -> what it means
+Grown = TypeVar("Grown", bound="Site")
 
 
 class Refusal:
@@ -36,74 +33,103 @@ class Refusal:
         return f"Refusal({self.code!r}, {self.reason!r})"
 
 
-@dataclass
-class Projection:
-    """The gate logit as x . weight + bias; `weight` and `bias` are nodes, or attribute paths of an nn.Linear."""
+class Operand(NamedTuple):
+    """What the op reads for one of its arguments, and where the graph reads it today.
 
-    x: Node
-    weight: Node | str
-    bias: Node | str | None
-
-
-@dataclass
-class Finalize:
-    """a as the sum over k of weights[t, k] * y[inverse[t, k]]."""
-
-    y: Node  # the experts' outputs, T * top_k rows
-    weights: Node
-    top_k: int
-    inverse: Node | None
-    permuted: bool  # the weights lie in the order of y, not of the sum
-    masked: Node | None = None  # rows of y that count as zero
-
-
-@dataclass
-class Norm:
-    """The RMSNorm that reads the sum: its nodes in the order of the data flow, `result` the last."""
-
-    weight: Node | str | None
-    eps: float
-    offset: float
-    result: Node
-    parts: list[Node]
-    weight_read: Node  # the first of its nodes that reads the weight
-
-
-@dataclass
-class Site:
-    """One a + sigmoid(gate) * b, as nodes.
-
-    `parts` are the nodes the op would take the place of, those of a stage together in data-flow order; of these,
-    `handed_on` are the product and what hands it on to the sum, which nobody but the sum may read.
+    Attributes:
+        value: a node, or the attribute path of a parameter for which the graph has no node (`gate.weight` of an nn.Linear).
+        read: the first node that reads it today: the op may read it elsewhere only if nothing writes it in between.
+        said: its name in sentences, where that is not the argument's name.
     """
 
-    add: Node
-    product: Node  # the mul, or `add` itself for addcmul
-    sigmoid: Node
-    a: Node
-    gate: Node
-    b: Node
-    parts: list[Node]
-    handed_on: list[Node]
-    overwrites: Node | None = None  # a, or the product, in whose memory the sum lands: iadd, add_, addcmul_
-    in_place: dict[Node, Node] = field(default_factory=dict)  # the sigmoid or product -> what it overwrites
-    gate_shape: tuple | None = None  # the shape in which the formula sees the gate and b, where views stand between
-    b_shape: tuple | None = None
-    projection: Projection | None = None
-    finalize: Finalize | None = None
-    residual: Node | None = None
-    residual_written: bool = False  # residual += sum: what the op gives is copied there
-    norm: Norm | None = None
-    stages: list[str] = field(default_factory=lambda: ["gated_add"])
-    stopped: list[tuple[str, Refusal]] = field(default_factory=list)  # stages that did not join, and why
-    end: Node = None  # type: ignore[assignment]  # the node whose value the op computes: `add`, the residual's, or a cast
-    at: Node = None  # type: ignore[assignment]  # where the op goes: the last sum
+    value: Node | str
+    read: Node
+    said: str = ""
 
-    def __post_init__(self):
-        self.end = self.end or self.add
-        self.at = self.at or self.end
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """One place in a graph that one op may take over. A rule finds it, stages make larger ones of it by `grown`.
+
+    Attributes:
+        anchor: the node at which the reading began. It computes the core formula's result, and names the site.
+        operands: argument of the op -> what it reads. A stage that computes an operand inside the op replaces it.
+        parts: the nodes that the op takes the place of, those of the core or of a stage together, in data-flow order.
+        core: the operands of the core formula as they were found, those included that are now computed inside.
+        shapes: operand -> the shape in which the formula sees it, for those that it sees through views.
+        numbers: argument of the op -> its value, for those that are no tensors (top_k, eps, ...); and the option `numerics`.
+        results: the nodes whose values the op computes, in the order of its results; an op may have more results.
+        at: where the op goes: by then all operands are there, and may be read.
+        overwrites: the operand in whose memory the core's result lands, as in `a += b`.
+        in_place: part -> the value in whose memory the part's result lands.
+        written_back: the operand that gets a copy of the first result, as `residual += sum` asks for.
+        stages: names of the rule and the stages that joined, in data-flow order.
+        stopped: stages that did not join, and why.
+        op: what it becomes; the engine sets that of the rule, and a stage may set another.
+    """
+
+    anchor: Node
+    operands: Mapping[str, Operand]
+    parts: list[Node]
+    core: Mapping[str, Operand] = field(default_factory=dict)
+    shapes: Mapping[str, tuple] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    results: list[Node] = field(default_factory=list)
+    at: Node = None  # type: ignore[assignment]
+    overwrites: Node | None = None
+    in_place: Mapping[Node, Node] = field(default_factory=dict)
+    written_back: str | None = None
+    stages: list[str] = field(default_factory=list)
+    stopped: list[tuple[str, Refusal]] = field(default_factory=list)
+    op: Op = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        defaults = {"core": self.operands, "results": [self.anchor], "at": self.anchor}
+        for name, value in defaults.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, value)
 
     @property
-    def combined(self) -> bool:
-        """Whether the site grew over more than the formula and the gate projection."""
-        return self.finalize is not None or self.residual is not None or self.norm is not None
+    def end(self) -> Node:
+        """The node whose value is the op's first result."""
+        return self.results[0]
+
+    def node(self, name: str) -> Node | None:
+        """The node that an argument of the op reads; None for a path, or where the op reads none."""
+        operand = self.operands.get(name)
+        return operand.value if operand is not None and isinstance(operand.value, Node) else None
+
+    def seen(self, name: str) -> tuple | torch.Size:
+        """The shape in which the core formula sees its operand."""
+        return self.shapes[name] if name in self.shapes else tensor_of(self.core[name].value).shape
+
+    def grown(
+        self: Grown,
+        stage: str,
+        *,
+        before: Iterable[Node] = (),
+        after: Iterable[Node] = (),
+        operands: Mapping[str, Operand] | None = None,
+        without: Iterable[str] = (),
+        numbers: Mapping[str, Any] | None = None,
+        **changes: Any,
+    ) -> Grown:
+        """The site with one stage more.
+
+        Args:
+            before, after: the stage's nodes, in front of the site's own ones or behind them.
+            operands, numbers: what the op reads for it, by argument.
+            without: operands that the op now computes itself.
+            changes: other attributes, as they are from now on.
+        """
+        before, after, gone = list(before), list(after), set(without)
+        stages = [stage, *self.stages] if before else [*self.stages, stage]
+        kept = {name: operand for name, operand in self.operands.items() if name not in gone}
+        return replace(
+            self,
+            parts=[*before, *self.parts, *after],
+            operands={**kept, **(operands or {})},
+            numbers={**self.numbers, **(numbers or {})},
+            stages=stages,
+            **changes,
+        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.fx import Node
 
 from fusionpass.identity import torch_name
-from fusionpass.tensors import known_equal, tensor_of
+from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
 
 CASTS = frozenset("to type type_as float half bfloat16 double _to_copy convert_element_type".split())
 # Reorder or drop nothing: with one value per row, the rows come out in the order they went in.
@@ -22,6 +24,13 @@ VIEWS = (
         "detach clone ravel mT T".split()
     )
 )
+
+REDUCTIONS = frozenset(
+    "sum mean amax amin var std prod softmax log_softmax layer_norm rms_norm group_norm norm".split()
+)
+
+# Python's operators that aten calls otherwise.
+OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "invert": "bitwise_not"}
 
 
 def is_cast(node: Node) -> bool:
@@ -54,6 +63,22 @@ def _takes_all(node: Node) -> bool:
     return name == "slice" or all(item is None or item is Ellipsis or isinstance(item, slice) for item in index)
 
 
+def is_identity(node: Node) -> bool:
+    """Whether a cast or view returns its input unchanged: `.to(same dtype)`, `.contiguous()` of a contiguous tensor."""
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or before.dtype != after.dtype or before.dim() != after.dim():
+        return False
+    key = storage_key(before)
+    return (
+        torch_name(node) != "detach"  # the same memory, but no gradient
+        and key is not None
+        and key == storage_key(after)
+        and same_sizes(before.shape, after.shape)
+        and same_strides(before, after)
+        and known_equal(before.storage_offset(), after.storage_offset())
+    )
+
+
 def is_metadata_assert(node: Node) -> bool:
     """Whether the node only checks dtype, device and layout of a tensor, as export has it before each `.to`.
 
@@ -83,3 +108,16 @@ def gather_of(node: Node) -> tuple[Node, Node] | None:
     if positions is None or positions.dim() != 1 or positions.is_floating_point() or positions.dtype == torch.bool:
         return None
     return source, index
+
+
+@cache
+def pointwise_or_reduction(name: str) -> bool:
+    """Whether torch's operation of this name computes its elements one by one, or sums or compares rows of them."""
+    name = name.strip("_")
+    if name in REDUCTIONS:
+        return True
+    for spelled in (name, name.removeprefix("i"), name.removeprefix("r")):  # iadd, __radd__
+        packet = getattr(torch.ops.aten, OPERATORS.get(spelled, spelled), None)
+        if packet is not None and any(torch.Tag.pointwise in getattr(packet, o).tags for o in packet.overloads()):
+            return True
+    return False

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fusionpass.kernels.contract import NUMERICS
+from fusionpass.rules import checked
 from fusionpass.settings import check_settings
 
 
@@ -17,7 +18,8 @@ class Options:
     Attributes:
         inner: compiles the rewritten graph: a registered backend's name ("eager", "aot_eager", "inductor", ...)
             or a callable taking `(graph_module, example_inputs)`.
-        rules: names of the rules and stages to allow (see `fusionpass rules`); None allows all.
+        rules: names of the rules and stages to allow (see `fusionpass rules`), and `Rule` and `Stage` objects of
+            `fusionpass.rules`, a rule with all its stages; tried in this order. None allows all that there are by name.
         numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
         profitable_only: leave a site alone where the inner compiler by itself would be faster.
         strict: raise `NothingRewritten` when no rewritten site ran in a call; see `fusionpass.notice`.
@@ -27,7 +29,7 @@ class Options:
     """
 
     inner: str | Callable[..., Any] = "eager"
-    rules: tuple[str, ...] | None = None
+    rules: tuple[Any, ...] | None = None
     numerics: str = "fp32"
     profitable_only: bool = True
     strict: bool = False
@@ -49,7 +51,7 @@ class Options:
                 raise ValueError(f"unknown option {name!r}: allowed are {', '.join(allowed)}")
         values = {"inner": default_inner, **given}
         _check_inner(values["inner"])
-        values["rules"] = _checked_rules(values.get("rules"))
+        values["rules"] = checked(values.get("rules"))
         if values.get("numerics", "fp32") not in NUMERICS:
             raise ValueError(f"option 'numerics' is {values['numerics']!r}: allowed are 'fp32' and 'eager'")
         for name in ("profitable_only", "strict", "verify"):
@@ -57,9 +59,6 @@ class Options:
                 raise TypeError(f"option {name!r} is {values[name]!r}: it takes True or False")
         check_settings(values["inner"], values.get("mode"), values.get("inductor", {}))
         return cls(**{**values, "inductor": dict(values.get("inductor", {}))})
-
-    def allows(self, name: str) -> bool:
-        return self.rules is None or name in self.rules
 
 
 def _check_inner(inner: Any) -> None:
@@ -76,20 +75,3 @@ def _check_inner(inner: Any) -> None:
             {"eager", "aot_eager", *list_backends()} - {"fusionpass"}
         )  # without those for PyTorch's own tests
         raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(shown)}, or a callable")
-
-
-def _checked_rules(rules: Any) -> tuple[str, ...] | None:
-    if rules is None:
-        return None
-    listed = isinstance(rules, Collection) and not isinstance(rules, str | Mapping)
-    if not listed or not all(isinstance(name, str) for name in rules):
-        raise TypeError(f"option 'rules' is {rules!r}: it takes a list of names, such as ['gated_add']")
-    from fusionpass.catalog import RULES
-
-    known = [rule.name for rule in RULES]
-    for name in rules:
-        if name not in known:
-            raise ValueError(f"option 'rules' names {name!r}: allowed are {', '.join(known)}")
-    if "gated_add" not in rules:
-        raise ValueError(f"option 'rules' is {list(rules)!r} without 'gated_add', the core every stage grows from")
-    return tuple(name for name in known if name in rules)

@@ -24,6 +24,7 @@ from fusionpass.options import Options
 from fusionpass.private import CustomGraphPass
 from fusionpass.report import Report
 from fusionpass.rewrite import rewrite
+from fusionpass.rules import own
 from fusionpass.sources import digest
 
 
@@ -82,4 +83,4 @@ class InductorPass(CustomGraphPass):
             before = self._after.uuid() if isinstance(self._after, CustomGraphPass) else None
             if before is None:
                 return None
-        return f"{digest()} {self._options!r} {before!r}"
+        return f"{digest(tuple(own(self._options.rules)))} {self._options!r} {before!r}"

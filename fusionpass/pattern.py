@@ -8,18 +8,18 @@ the report can say what stood in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from fusionpass.identity import torch_name
-from fusionpass.match import Refusal, Site
+from fusionpass.between import REACH, obstacle, walk_back
+from fusionpass.match import Operand, Refusal, Site
 from fusionpass.naming import describe
-from fusionpass.nodes import is_cast, is_expand, is_reshape, is_view
-from fusionpass.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
+from fusionpass.nodes import is_expand, is_identity, is_reshape
+from fusionpass.rule import Reading
+from fusionpass.tensors import known_equal, same_sizes, tensor_of
 from fusionpass.vocabulary import Meaning, Vocabulary
 
-# How many views and casts a near miss may lie behind; real models have at most 3 (chunk, getitem, cast).
-REACH = 4
 # The formula's sum or product as part of one node that the pass does not read, and what that node computes.
 OTHER_SUMS = {"lerp": "a + sigmoid(gate) * (b - a)", "index_add": "a sum at the places that an index names"}
 OTHER_PRODUCTS = {"glu": "b * sigmoid(gate) of the halves of one tensor", "einsum": "a product with the sigmoid"}
@@ -27,7 +27,19 @@ OTHER_PRODUCTS = {"glu": "b * sigmoid(gate) of the halves of one tensor", "einsu
 # The operations at which a reading begins.
 ANCHORS = ("add", "add_", "addcmul", "addcmul_", *OTHER_SUMS)
 
-Reading = tuple[Site | None, Refusal | None]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GatedSite(Site):
+    """One a + sigmoid(gate) * b.
+
+    Attributes:
+        product: the mul, or the anchor itself for addcmul.
+        handed_on: the product and what hands it on to the sum, which nobody but the sum may read.
+    """
+
+    product: Node
+    sigmoid: Node
+    handed_on: list[Node]
 
 
 def find(words: Vocabulary, add: Node) -> Iterator[Reading]:
@@ -98,13 +110,23 @@ def _readings(
         if not isinstance(operand, Node):
             refusal = refusal or Refusal("scalar-operand", "{} of {} is {!r}, not a tensor", name, add, operand)
     parts = [sigmoid, *reversed(between), *handed_on, add]
-    overwrites = meaning_of_sum.operands[0] if meaning_of_sum.in_place else None
-    site = Site(add, product, sigmoid, a, gate, b, parts, handed_on, overwrites=overwrites)
-    site.in_place = {
-        node: m.operands[0] for node in parts if (m := words.meaning(node)) and m.in_place and node is not add
-    }
-    refusal = refusal or _see_through_views(words, site, list(reversed(between)))
-    yield site, refusal
+    site = GatedSite(
+        anchor=add,
+        operands={"a": Operand(a, add), "gate": Operand(gate, sigmoid), "b": Operand(b, product)},
+        parts=parts,
+        overwrites=meaning_of_sum.operands[0] if meaning_of_sum.in_place else None,
+        in_place={
+            node: m.operands[0] for node in parts if (m := words.meaning(node)) and m.in_place and node is not add
+        },
+        product=product,
+        sigmoid=sigmoid,
+        handed_on=handed_on,
+    )
+    shapes = {} if refusal is not None else _seen_through_views(words, site, list(reversed(between)))
+    if isinstance(shapes, Refusal):
+        yield site, shapes
+    else:
+        yield replace(site, shapes=shapes) if shapes else site, refusal
 
 
 def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:
@@ -151,32 +173,6 @@ def _is_gated(words: Vocabulary, operand: Node) -> bool:
     return words.operation(node) in ("sigmoid", "sigmoid_") or _scaled_sigmoid(words, node) is not None
 
 
-def walk_back(words: Vocabulary, value: object) -> tuple[Node | None, list[Node]]:
-    """The first node behind `value` that is no view, cast or dropout, and those before it, nearest last."""
-    between: list[Node] = []
-    while isinstance(value, Node) and len(between) < REACH and value.args:
-        if not (is_view(value) or is_cast(value) or words.operation(value) == "dropout"):
-            break
-        between.append(value)
-        value = value.args[0]
-    return (value if isinstance(value, Node) else None), between
-
-
-def obstacle(words: Vocabulary, between: list[Node], source: Node, reader: Node, harmless) -> Refusal | None:
-    """Why the nodes between `source` and `reader` matter; None when each hands on the very same tensor, or is `harmless`."""
-    for node in between:
-        if words.operation(node) == "dropout":
-            if not words.drops_nothing(node):
-                text = "{} reaches {} through {}, which drops some or may do so later"
-                return Refusal("dropout-between", text, source, reader, node)
-        elif words.operation(node.args[0]) == "dropout":
-            continue  # an element of its results: judged with it
-        elif not is_identity(node) and not harmless(node):
-            kind = "cast-between" if is_cast(node) else "view-between"
-            return Refusal(kind, "{} reaches {} through {}", source, reader, describe(node, words))
-    return None
-
-
 def _keeps_gates(node: Node) -> bool:
     """Whether a view after the sigmoid leaves each gate with its rows: in their order, or the same for many columns."""
     return _keeps_rows(node) or is_expand(node)
@@ -188,48 +184,30 @@ def _keeps_rows(node: Node) -> bool:
     return is_reshape(node) and before is not None and after is not None and before.dtype == after.dtype
 
 
-def _see_through_views(words: Vocabulary, site: Site, after_sigmoid: list[Node]) -> Refusal | None:
-    """Give the gate and b the shapes that the views between the formula's nodes give the sigmoid and the product."""
+def _seen_through_views(words: Vocabulary, site: GatedSite, after_sigmoid: list[Node]) -> dict[str, tuple] | Refusal:
+    """The shapes that the views between the formula's nodes give the gate and b, where they do."""
     views = [node for node in after_sigmoid if words.operation(node) != "dropout" and not is_identity(node)]
     moved = [node for node in site.handed_on[1:] if words.operation(node) != "dropout" and not is_identity(node)]
     if not (views or moved):
-        return None
+        return {}
+    gate, b = site.node("gate"), site.node("b")
     first = describe((views + moved)[0], words)
-    refusal = Refusal("view-between", "{} reaches {} through {}", site.sigmoid, site.add, first)
-    needed = (site.gate, site.b, site.product, site.add, *views, *moved)
-    if any(tensor_of(node) is None for node in needed):
+    refusal = Refusal("view-between", "{} reaches {} through {}", site.sigmoid, site.anchor, first)
+    if any(tensor_of(node) is None for node in (gate, b, site.product, site.anchor, *views, *moved)):
         return refusal
     reshapes = [node for node in views if not is_expand(node)]
     if any(is_expand(node) for node in views[: len(reshapes)]):  # a reshape behind an expand: the gates are many
         return refusal
-    gate = tensor_of(reshapes[-1] if reshapes else site.gate).shape
-    site.gate_shape = tuple(gate) if reshapes else None
+    gates = tuple(tensor_of(reshapes[-1] if reshapes else gate).shape)
     if not moved:
-        return None
-    product, total, b = (tensor_of(node).shape for node in (site.product, site.add, site.b))
-    if not (product and total) or not known_equal(product[-1], total[-1]) or not same_sizes(b, product):
+        return {"gate": gates} if reshapes else {}
+    product, total, factor = (tensor_of(node).shape for node in (site.product, site.anchor, b))
+    if not (product and total) or not known_equal(product[-1], total[-1]) or not same_sizes(factor, product):
         return refusal
-    if same_sizes(gate, (*product[:-1], 1)):
-        site.gate_shape = (*total[:-1], 1)
-    elif same_sizes(gate, product):
-        site.gate_shape = tuple(total)
+    if same_sizes(gates, (*product[:-1], 1)):
+        gates = (*total[:-1], 1)
+    elif same_sizes(gates, product):
+        gates = tuple(total)
     else:
         return refusal
-    site.b_shape = tuple(total)
-    return None
-
-
-def is_identity(node: Node) -> bool:
-    """Whether a cast or view returns its input unchanged: `.to(same dtype)`, `.contiguous()` of a contiguous tensor."""
-    before, after = tensor_of(node.args[0]), tensor_of(node)
-    if before is None or after is None or before.dtype != after.dtype or before.dim() != after.dim():
-        return False
-    key = storage_key(before)
-    return (
-        torch_name(node) != "detach"  # the same memory, but no gradient
-        and key is not None
-        and key == storage_key(after)
-        and same_sizes(before.shape, after.shape)
-        and same_strides(before, after)
-        and known_equal(before.storage_offset(), after.storage_offset())
-    )
+    return {"gate": gates, "b": tuple(total)}

@@ -35,7 +35,7 @@ class Report:
     Attributes:
         target: what was captured, in the user's words ("" when unknown).
         rewrites: one `Rewrite` per captured site that now runs as one op.
-        misses: one `Miss` per near miss: a sigmoid that feeds a product that feeds an add, left alone.
+        misses: one `Miss` per near miss: what a rule could read as its formula, left alone.
         graphs: one `GraphRecord` per captured graph.
         graph_breaks: one `GraphBreak` per place where Dynamo split the model.
     """
@@ -47,6 +47,7 @@ class Report:
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     _switched_off: bool = field(default=False, repr=False)
     _no_graph: str = field(default="", repr=False)
+    _absent: list[str] = field(default_factory=list, repr=False)  # what the rules say where nothing comes near them
 
     @property
     def executed(self) -> int:
@@ -65,6 +66,7 @@ class Report:
         rewrites = [replace(rewrite, graph=index) for rewrite in outcome.rewrites]
         misses = [replace(miss, graph=index) for miss in outcome.misses]
         self._switched_off |= outcome.switched_off
+        self._absent += [each for each in outcome.absent if each not in self._absent]
         self.graphs.append(graph)
         self.rewrites += rewrites
         self.misses += misses
@@ -92,7 +94,10 @@ class Report:
             )
         where = f"in {count(len(self.graphs), 'graph')}"
         if not self.misses:
-            return f"0 rewritten {where}: no sigmoid feeds a product that feeds an add"
+            from fusionpass.rules import RULES
+
+            absent = self._absent or [rule.absent for rule in RULES]
+            return f"0 rewritten {where}: {'; '.join(absent)}"
         top = [f"{n} x {miss.code} ({' '.join(miss.reason.split())})" for n, miss in self.top_reasons(most)]
         return f"0 rewritten {where}, {count(len(self.misses), 'near miss')}: {'; '.join(top)}"
 

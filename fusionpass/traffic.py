@@ -11,12 +11,14 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from fusionpass.identity import torch_name
 from fusionpass.implementations import interpreted
 from fusionpass.match import Site
-from fusionpass.nodes import gather_of, is_cast
+from fusionpass.nodes import gather_of, is_cast, is_view, pointwise_or_reduction
 from fusionpass.tensors import tensor_of
 from fusionpass.vocabulary import Vocabulary
 
+ROWWISE = ("mean", "rms_norm")  # operations that reduce each row of the result
 UNROLLED = 8  # Inductor writes out a sum of fewer terms, which is then no reduction
 
 
@@ -39,16 +41,16 @@ def unfused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[
 
 def fused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[int, int | None]:
     """The same of what takes their place: one kernel, but on a CPU under Inductor, which is given the plain expression."""
-    if counted_against(inner) == "eager" or not _on_cpu(site) or interpreted():
+    opened = (site.op.opened or site.op.opened_on_cpu) and _on_cpu(site) and not interpreted()
+    if counted_against(inner) == "eager" or not opened:
         moved = fused_bytes(site, words)
-        if not site.residual_written:
+        if site.written_back is None:
             return 1, moved
         copied = bytes_of(tensor_of(site.end))  # the sum, read once more and written into the residual
         return 2, None if None in (moved, copied) else moved + 2 * copied
     kernels, moved = unfused(site, words, inner, tuned)
-    found = site.projection
-    operands = [] if found is None else [found.x, found.weight, found.bias]
-    tensors = [words.tensor(operand) for operand in operands if operand is not None]
+    operands = [site.operands[name].value for name in site.op.widened if name in site.operands]
+    tensors = [words.tensor(operand) for operand in operands]
     casts = [tensor for tensor in tensors if tensor.dtype != torch.float32]  # the expression's product is in float32
     wide = [None if bytes_of(tensor) is None else bytes_of(tensor) * 4 // tensor.element_size() for tensor in casts]
     return kernels + len(casts), None if None in (moved, *wide) else moved + 2 * sum(wide)
@@ -71,18 +73,26 @@ def _between(site: Site, words: Vocabulary, tuned: bool) -> list[Node]:
     bias; and an einsum, on a CPU always, one over its terms. On a CPU a reduction's loops nest in those of what reads it, if
     that goes over the row once more.
     """
-    projection, routed = site.projection, site.finalize
-    einsum = [node for node in site.parts if words.einsum(node) is not None and not (tuned or _on_cpu(site))]
-    rowwise = [site.norm] if site.norm is not None else []
-    between = list(einsum)
-    if projection is not None and tuned and projection.bias is None and not _on_cpu(site):
-        rowwise.append(projection)
-    elif projection is not None:
-        between.append(site.gate)
-    many = routed is not None and routed.top_k >= UNROLLED and not einsum
-    if many and bool(rowwise) != _on_cpu(site):
+    on_cpu = _on_cpu(site)
+    products = [node for node in site.parts if _is_product(node, words)]
+    einsums = [node for node in products if words.einsum(node) is not None]
+    between, rowwise = [], [node for node in site.parts if words.operation(node) in ROWWISE]
+    for node in products:
+        if node in einsums:
+            reduced = tuned or on_cpu
+        else:
+            reduced = tuned and not on_cpu and not _adds_a_bias(node, words)
+            rowwise += [node] if reduced else []
+        between += [] if reduced else [node]
+    many = site.numbers.get("top_k", 0) >= UNROLLED and not set(einsums) & set(between)
+    if many and bool(rowwise) != on_cpu:
         between.append(site.end)
     return between
+
+
+def _adds_a_bias(product: Node, words: Vocabulary) -> bool:
+    meaning = words.meaning(product)
+    return meaning.op == "addmm" or (meaning.op == "linear" and meaning.operands[2] is not None)
 
 
 def _on_cpu(site: Site) -> bool:
@@ -113,19 +123,15 @@ def _launches(node: Node, words: Vocabulary) -> bool:
     if is_cast(node):
         before, after = tensor_of(node.all_input_nodes[0]), tensor_of(node)
         return before is None or after is None or before.dtype != after.dtype
-    return words.operation(node) is not None or gather_of(node) is not None or words.einsum(node) is not None
+    if words.operation(node) is not None or gather_of(node) is not None or words.einsum(node) is not None:
+        return True
+    return not is_view(node) and pointwise_or_reduction(torch_name(node))
 
 
 def fused_bytes(site: Site, words: Vocabulary) -> int | None:
     """Bytes the one op reads and writes."""
-    found, routed, norm = site.projection, site.finalize, site.norm
-    read = [site.gate] if found is None else [found.x, found.weight, found.bias]
-    read += [site.a] if routed is None else [routed.y, routed.weights, routed.inverse, routed.masked]
-    if norm is not None:
-        read += [norm.weight, norm.result]  # the weight read, the result written
-    moved = [
-        bytes_of(words.tensor(operand)) for operand in (site.b, site.residual, *read, site.end) if operand is not None
-    ]
+    read = [words.tensor(operand.value) for operand in site.operands.values()]
+    moved = [bytes_of(tensor) for tensor in (*read, *map(tensor_of, site.results))]
     return None if None in moved else sum(moved)
 
 

@@ -21,7 +21,6 @@ from fusionpass.errors import VerificationFailed
 from fusionpass.identity import inner_name
 from fusionpass.implementations import interpreted
 from fusionpass.match import Site
-from fusionpass.options import Options
 from fusionpass.private import unset_fake_temporarily
 from fusionpass.provenance import module_of, source_of
 from fusionpass.replace import Inserted
@@ -35,7 +34,7 @@ _KINDS = ("cpu", "cuda")  # of devices that autocast knows
 SMALL = 2.0**-9  # its square is in the order of eps, 1e-6 to 1e-5
 
 
-def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> bool:
+def validate(gm: GraphModule, site: Site, new: Inserted) -> bool:
     """Compare the site's nodes with the op that stands in front of them.
 
     Returns:
@@ -44,8 +43,7 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> bo
     Raises:
         VerificationFailed: they differ in dtype, shape, strides, or by more than `allowed`.
     """
-    old = [site.end] if site.norm is None else [site.end, site.norm.result]
-    found = [new.total] if new.normed is None else [new.total, new.normed]
+    old, found = site.results, list(new.results)
     # What the site computes itself is computed on both sides: in a + s * s, b is the sigmoid.
     operands = [node.args[0] if node in new.views else node for node in new.op.all_input_nodes]
     operands = [node for node in operands if node not in site.parts]
@@ -55,7 +53,7 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> bo
     before = _extracted(gm, inside, leaves, old)
     after = _extracted(gm, [new.op, *[node for node in found if node is not new.op]], leaves, found)
     with unset_fake_temporarily(), torch.no_grad(), ExitStack() as traced:
-        exact = options.numerics == "eager" and not interpreted()  # the interpreter's exp is numpy's
+        exact = site.numbers["numerics"] == "eager" and not interpreted()  # the interpreter's exp is numpy's
         way = "option 'rules', or give up the pass for this model"
         generator = torch.Generator().manual_seed(SEED)  # of our own: the user's random numbers stay theirs
         shown = [node for node in inside if tensor_of(node) is not None]
@@ -67,11 +65,11 @@ def validate(gm: GraphModule, site: Site, new: Inserted, options: Options) -> bo
         for size, rare in ((1.0, False), (SMALL, False), (1.0, True)):
             inputs = [_drawn(node, site, generator, size, rare) for node in leaves]
             want, got = before(*map(_copied, inputs)), after(*map(_copied, inputs))
-            for name, w, g in zip(("the sum", "the normed sum"), want, got, strict=False):
+            for name, w, g in zip(site.op.results, want, got, strict=False):
                 complaint = _difference(g, w, 0.0 if exact else _allowed(site, w.dtype), size)
                 if complaint is not None:
                     raise VerificationFailed(
-                        f"{_named(site)}: {name} {complaint}. Please report it; leave it out by {way}"
+                        f"{_named(site)}: the {name} {complaint}. Please report it; leave it out by {way}"
                     )
     return True
 
@@ -115,8 +113,8 @@ def _autocast_of(node: Node) -> list[torch.autocast]:
 
 
 def _named(site: Site) -> str:
-    place = ", ".join(part for part in (source_of(site.add), module_of(site.add)) if part)
-    return f"verify: site {site.add}{f' ({place})' if place else ''}, stages {', '.join(site.stages)}"
+    place = ", ".join(part for part in (source_of(site.anchor), module_of(site.anchor)) if part)
+    return f"verify: site {site.anchor}{f' ({place})' if place else ''}, stages {', '.join(site.stages)}"
 
 
 def _region(results: Sequence[Node], operands: Sequence[Node]) -> tuple[list[Node], list[Node]]:
@@ -170,7 +168,7 @@ def _number(size: Any) -> Any:
 
 
 def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare: bool) -> Any:
-    """A value for what the region reads, laid out as the recorded one is; the gate's weight so that logits are around 1."""
+    """A value for what the region reads, laid out as the recorded one is; weights are drawn so that sums are around 1."""
     recorded = value_of(node)
     if not isinstance(recorded, Tensor):
         return _number(recorded) if isinstance(recorded, torch.SymInt | torch.SymFloat | torch.SymBool) else recorded
@@ -181,20 +179,21 @@ def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare
         flat = torch.rand(reach, generator=generator) < 0.25
     elif recorded.dtype.is_floating_point:
         flat = torch.randn(reach, generator=generator) * size
-        if site.projection is not None and node is site.projection.weight:
+        if node in map(site.node, site.op.weights):
             flat /= math.sqrt(recorded.numel())
         if rare:  # in about every second row
             odd = torch.tensor(RARE)[torch.randint(len(RARE), (reach,), generator=generator)]
             flat = torch.where(torch.rand(reach, generator=generator) * shape[-1] < 0.5, odd, flat)
     else:  # an index of the rows that the op gathers
-        rows = 1 if site.finalize is None else max(_rows(site.finalize.y), 1)
-        flat = torch.randint(rows, (reach,), generator=generator)
+        flat = torch.randint(_rows(site), (reach,), generator=generator)
     device = "cpu" if recorded.device.type == "meta" else recorded.device
     return flat.to(device=device, dtype=recorded.dtype).as_strided(shape, strides)
 
 
-def _rows(node: Node) -> int:
-    return math.prod(_size_of(tensor_of(node))[:-1])
+def _rows(site: Site) -> int:
+    """How many rows an index may name: those of the operands that the op gathers from, at least one."""
+    gathered = [site.node(source) for index, source in site.op.indexes.items() if index in site.operands]
+    return max([1, *(math.prod(_size_of(tensor_of(node))[:-1]) for node in gathered if node is not None)])
 
 
 def _copied(value: Any) -> Any:
@@ -214,8 +213,9 @@ def _allowed(site: Site, dtype: torch.dtype) -> float:
     recorded = (tensor_of(part) for part in site.parts)  # which may be narrower than the result, or wider
     dtypes = {dtype, *(value.dtype for value in recorded if value is not None and value.is_floating_point())}
     coarsest = max(torch.finfo(each).eps for each in dtypes)
-    terms = len(site.parts) + (site.finalize.top_k if site.finalize is not None else 0)
-    products = 1 if site.projection is None else tensor_of(site.projection.x).shape[-1]
+    terms = len(site.parts) + site.numbers.get("top_k", 0)
+    summed = (site.node(name) for name in site.op.summed if name in site.operands)
+    products = max([1, *(_number(tensor_of(node).shape[-1]) for node in summed)])
     return SIGMAS * (math.sqrt(terms) * coarsest / 2 + math.sqrt(products) * torch.finfo(torch.float32).eps)
 
 

@@ -159,6 +159,8 @@ MODULES: dict[type, str] = {
     torch.nn.Dropout: "dropout",
     torch.nn.GLU: "glu",
 }
+# Every word that `Vocabulary.operation` may answer.
+OPERATIONS = frozenset((*FUNCTIONS.values(), *METHODS.values(), *MODULES.values()))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusionpass
-from fusionpass.catalog import RULES
 from fusionpass.records import Rewrite
 from fusionpass.report import Report
+from fusionpass.rules import catalog
 from fusionpass.tensors import tensor_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -75,7 +75,7 @@ def stops(rewrite: Rewrite) -> dict[str, str]:
     """Code by stage, of the stages that stayed outside the site."""
     found = {stop["stage"]: stop["code"] for stop in rewrite.stopped}
     assert len(found) == len(rewrite.stopped)
-    assert set(found) | set(rewrite.stages) == {info.name for info in RULES}
+    assert set(found) | set(rewrite.stages) == {info.name for info in catalog()}
     assert not set(found) & set(rewrite.stages)
     assert all(stop["reason"] and "{}" not in stop["reason"] for stop in rewrite.stopped)
     return found

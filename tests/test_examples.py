@@ -12,6 +12,7 @@ EXPECTED = {
     "decorator.py": "1 rewritten (1 with gate_projection)",
     "backend_qwen3_next.py": "4 rewritten (4 with finalize, 4 with gate_projection, 4 with residual, 4 with rms_norm)",
     "hold_the_count.py": "3 of 3 blocks are fused",
+    "own_rule.py": "1 rewritten, 0 near misses, 1 graph",
 }
 
 

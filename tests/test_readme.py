@@ -19,6 +19,9 @@ BLOCKS = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
 LINES = [line[2:] for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
 H = 16
+MINE = torch.library.Library("mine", "DEF")  # the op of a rule in README
+MINE.define("squared_relu(Tensor x) -> Tensor")
+MINE.impl("squared_relu", lambda x: torch.relu(x) ** 2, "CompositeExplicitAutograd")
 
 MY_MODEL = """
 import torch
@@ -96,12 +99,18 @@ def reports(names):
     assert len(names["report"].rewrites) == 1 and "needs-grad" not in str(names["report"])
 
 
+def brings_a_rule(names):
+    report = fusionpass.explain(lambda x: torch.relu(x) ** 2, rules=[names["squared_relu"]])(torch.randn(4, 8))
+    assert [site.rule for site in report.rewrites] == ["squared_relu"]
+
+
 # What tells a Python block -> what must hold after it has run.
 CHECKS = {
     "class SparseBlock": decorates,
     'mode="reduce-overhead"': compiles,
     "fusionpass.rewrite(exported_program)": rewrites,
     "fusionpass.explain(model)": reports,
+    "from fusionpass.rules import": brings_a_rule,
 }
 
 

@@ -1,6 +1,6 @@
 """`verify`: a site whose op computes anything else than its nodes is named; one that rounds otherwise is not."""
 
-import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from programs import DEVICE, captured, operands
 
 import fusionpass
 from fusionpass import replace
-from fusionpass.match import Finalize, Norm, Projection
 
 S = torch.sigmoid
 pytestmark = pytest.mark.of_verify
@@ -30,45 +29,39 @@ def arguments(dtype=torch.float32):
     return y, weights, order, x, gate_weight, b, residual, norm
 
 
-def other(site, **changes):
-    """The site, with other operands than the matcher found."""
-    changed = copy.copy(site)
-    for name, value in changes.items():
-        setattr(changed, name, value)
-    return changed
+def other(site, *without, numbers=None, **operands):
+    """The site, with other operands and numbers than the matcher found."""
+    kept = {name: operand for name, operand in site.operands.items() if name not in without}
+    return dataclasses.replace(site, operands={**kept, **operands}, numbers={**site.numbers, **(numbers or {})})
 
 
-def read(site, changed, gate, b):
-    """The changed site, and its gate and b: as viewed where they are the matcher's own."""
-    return changed, gate if changed.gate is site.gate else changed.gate, b if changed.b is site.b else changed.b
-
-
-def weighted(site, **changes):
-    return other(site, finalize=Finalize(**{**vars(site.finalize), **changes}))
+def with_numbers(**numbers):
+    return lambda site: other(site, numbers=numbers)
 
 
 # A matcher's mistakes, made on purpose.
 MISTAKES = {
-    "a and b exchanged": lambda site: other(site, b=site.residual, residual=site.b),
-    "another residual": lambda site: other(site, residual=site.b),
-    "no residual": lambda site: other(site, residual=None),
-    "weights in the other order": lambda site: weighted(site, permuted=not site.finalize.permuted),
-    "rows not gathered": lambda site: weighted(site, inverse=None, permuted=False),
-    "another eps": lambda site: other(site, norm=Norm(**{**vars(site.norm), "eps": 1e-6})),
-    "an offset": lambda site: other(site, norm=Norm(**{**vars(site.norm), "offset": 1.0})),
-    "no norm weight": lambda site: other(site, norm=Norm(**{**vars(site.norm), "weight": None})),
+    "a and b exchanged": lambda site: other(site, b=site.operands["residual"], residual=site.operands["b"]),
+    "another residual": lambda site: other(site, residual=site.operands["b"]),
+    "no residual": lambda site: other(site, "residual"),
+    "weights in the other order": lambda site: other(site, numbers={"permuted": not site.numbers["permuted"]}),
+    "rows not gathered": lambda site: other(site, "inverse", numbers={"permuted": False}),
+    "another eps": with_numbers(eps=1e-6),
+    "an offset": with_numbers(offset=1.0),
+    "no norm weight": lambda site: other(site, "norm_weight"),
 }
+
+
+def make(mistake, monkeypatch):
+    """Have the op called for the site as the mistake changes it."""
+    build = replace.call_of
+    monkeypatch.setattr(replace, "call_of", lambda site, operand: build(mistake(site), operand))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found(mistake, dtype, monkeypatch):
-    build = replace._combine_call
-
-    def mistaken(graph, site, gate, b):
-        return build(graph, *read(site, MISTAKES[mistake](site), gate, b))
-
-    monkeypatch.setattr(replace, "_combine_call", mistaken)
+    make(MISTAKES[mistake], monkeypatch)
     with (
         torch.no_grad(),
         pytest.raises(fusionpass.VerificationFailed, match=r"verify: site \w+ \(.*finalize.*rms_norm"),
@@ -76,17 +69,13 @@ def test_a_mistake_is_found(mistake, dtype, monkeypatch):
         captured(region, *arguments(dtype))
 
 
-def added_to_itself(build):
-    """`_call` with b in place of a."""
-
-    def mistaken(graph, site, gate, b, options):
-        return build(graph, *read(site, other(site, a=b), gate, b), options)
-
-    return mistaken
+def added_to_itself(site):
+    """With b in place of a."""
+    return other(site, a=site.operands["b"])
 
 
 def test_a_mistake_in_the_core_is_found(monkeypatch):
-    monkeypatch.setattr(replace, "_call", added_to_itself(replace._call))
+    make(added_to_itself, monkeypatch)
     a, b, gate = operands((4, 8), (4, 8), (4, 1))
     with pytest.raises(fusionpass.VerificationFailed, match="the sum is .* the nodes give"):
         fusionpass.fuse(lambda a, b, g: a + S(g) * b)(a, b, gate)
@@ -95,14 +84,7 @@ def test_a_mistake_in_the_core_is_found(monkeypatch):
 
 
 def test_a_mistake_in_the_projection_is_found(monkeypatch):
-    build = replace._call
-
-    def without_bias(graph, site, gate, b, options):
-        found = site.projection
-        changed = other(site, projection=Projection(found.x, found.weight, None))
-        return build(graph, *read(site, changed, gate, b), options)
-
-    monkeypatch.setattr(replace, "_call", without_bias)
+    make(lambda site: other(site, "gate_bias"), monkeypatch)
     x, weight, bias, a, b = operands((4, 6), (1, 6), (1,), (4, 8), (4, 8))
     with pytest.raises(fusionpass.VerificationFailed):
         captured(lambda x, w, c, a, b: a + S(F.linear(x, w, c)) * b, x, weight, bias, a, b)
@@ -134,7 +116,7 @@ def test_symbolic_sizes_are_verified_at_the_traced_ones():
 
 def test_a_rewritten_graph_is_given_up_whole(monkeypatch):
     """`rewrite` leaves the graph it was given as it was, also when verifying fails."""
-    monkeypatch.setattr(replace, "_call", added_to_itself(replace._call))
+    make(added_to_itself, monkeypatch)
 
     def function(a, b, g):
         return a + S(g) * b

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 from tabulate import tabulate
 
-from fusionpass.catalog import RULES
+from fusionpass.rules import RULES, Rule, catalog
 
 
-def rules_text(style: str) -> str:
-    """The catalog as "table", "markdown" or "json"."""
+def rules_text(style: str, rules: Iterable[Rule] = RULES) -> str:
+    """The rules as "table", "markdown" or "json"."""
+    listed = catalog(rules)
     if style == "json":
-        rules = [
+        data = [
             {"name": r.name, "kind": r.kind, "formula": r.formula, "needs": list(r.needs), "codes": dict(r.codes)}
-            for r in RULES
+            for r in listed
         ]
-        return json.dumps({"rules": rules}, indent=2)
+        return json.dumps({"rules": data}, indent=2)
     shown, wide = ("github", None) if style == "markdown" else ("simple", 76)
     cell = _cell if style == "markdown" else str
     blocks = []
-    for rule in RULES:
+    for rule in listed:
         title = f"{rule.name} ({rule.kind})"
         facts = [["formula", cell(rule.formula)], *(["needs", cell(need)] for need in rule.needs)]
         codes = [[cell(code), cell(meaning)] for code, meaning in rule.codes.items()]

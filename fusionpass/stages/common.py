@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
-from fusionpass.effects import Effects
 from fusionpass.kernels.contract import DTYPES, MOST_COLUMNS, listed
 from fusionpass.match import Refusal, Site
 from fusionpass.nodes import is_cast, is_reshape, readers
-from fusionpass.options import Options
+from fusionpass.replacement import Op
 from fusionpass.tensors import PLAIN_TYPES, dtype_text, fixed, same_sizes, shape_text, tensor_of
+
+# Operands of our ops with the result's own rows. The routing weights and the norm's take no part in its dtype.
+ROWS = ("b", "residual", "a", "gate")
+# What the op computes, with one operand or number for each stage; whatever the rule and whichever stages have joined.
+MOE_COMBINE = Op(
+    torch.ops.fusionpass.moe_combine.default,
+    results=("sum", "normed sum"),
+    rows=ROWS,
+    contiguous=True,
+    casts=True,
+    opened_on_cpu=True,
+    widened=("x", "gate_weight", "gate_bias"),
+    weights=("gate_weight",),
+    summed=("x",),
+    indexes={"inverse": "a"},
+)
 
 CODES = {
     "not-allowed": "the option 'rules' leaves the stage out",
@@ -33,25 +48,25 @@ CODES = {
 }
 
 
-def combinable(site: Site, options: Options) -> Refusal | None:
+def combinable(site: Site) -> Refusal | None:
     """Why the site's formula cannot be computed by `moe_combine` at all."""
-    if options.numerics == "eager":
-        return Refusal("numerics-eager", "numerics 'eager' keeps what is around {} as it is", site.add)
-    a, gate = tensor_of(site.a), gate_sizes(site)
-    if not same_sizes(gate, (*a.shape[:-1], 1)):
+    if site.numbers["numerics"] == "eager":
+        return Refusal("numerics-eager", "numerics 'eager' keeps what is around {} as it is", site.anchor)
+    total = tensor_of(site.anchor)
+    if "gate" in site.core and not same_sizes(site.seen("gate"), (*total.shape[:-1], 1)):
         return Refusal(
             "gate-columns",
             "the gate has shape {}, and a {}: the stage needs one gate for each row",
-            listed(gate),
-            shape_text(a),
+            listed(site.seen("gate")),
+            shape_text(total),
         )
-    columns = fixed(a.shape[-1])
+    columns = fixed(total.shape[-1])
     if columns is None:
-        return Refusal("hidden-size", "a has {} columns, which no trace fixes", a.shape[-1])
+        return Refusal("hidden-size", "a has {} columns, which no trace fixes", total.shape[-1])
     if not 1 <= columns <= MOST_COLUMNS:
         return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     if torch.is_grad_enabled():
-        for node in site.add.all_input_nodes + site.product.all_input_nodes + site.sigmoid.all_input_nodes:
+        for node in (operand for part in reversed(site.parts) for operand in part.all_input_nodes):
             if tensor_of(node) is not None and tensor_of(node).requires_grad:
                 return Refusal(
                     "needs-grad",
@@ -61,23 +76,18 @@ def combinable(site: Site, options: Options) -> Refusal | None:
     return None
 
 
-def gate_sizes(site: Site) -> tuple:
-    """The shape in which the formula sees the gate."""
-    return tuple(tensor_of(site.gate).shape) if site.gate_shape is None else site.gate_shape
-
-
-def behind(node: Node, parts: list[Node], *, casts: bool = False) -> Node:
-    """The node before the reshapes, and with `casts` the casts from float32, that end in `node`; `parts` gets those in
-    front of it."""
+def behind(node: Node, *, casts: bool = False) -> tuple[Node, list[Node]]:
+    """The node before the reshapes, and with `casts` the casts from float32, that end in `node`; and what comes after it."""
+    after: list[Node] = []
     while (is_reshape(node) or (casts and is_cast(node))) and node.args and isinstance(node.args[0], Node):
-        before, after = tensor_of(node.args[0]), tensor_of(node)
-        if before is None or after is None or not same_sizes(before.shape[-1:], after.shape[-1:]):
+        value, viewed = tensor_of(node.args[0]), tensor_of(node)
+        if value is None or viewed is None or not same_sizes(value.shape[-1:], viewed.shape[-1:]):
             break
-        if before.dtype != after.dtype and (is_reshape(node) or before.dtype is not torch.float32):
+        if value.dtype != viewed.dtype and (is_reshape(node) or value.dtype is not torch.float32):
             break
-        parts.insert(0, node)
+        after.append(node)
         node = node.args[0]
-    return node
+    return node, after[::-1]
 
 
 def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
@@ -93,7 +103,7 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
 def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
     """The (name, tensor) pairs must be plain and on the sum's device. The op computes in float32, so the `floats` may be of
     any dtype that it takes; the `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
-    total = tensor_of(site.add)
+    total = tensor_of(site.anchor)
     for group, dtypes in ((floats, DTYPES), (whole, None)):
         for name, tensor in group:
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
@@ -113,27 +123,6 @@ def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
     return None
 
 
-def movable(reads: Sequence, first: Node, now: Node, effects: Effects, own: Collection[Node] = ()) -> Refusal | None:
-    """Whether the operands, (name, node, where it is read until now), may be read at `now`; `first` begins the stage.
-
-    own: nodes of the stage itself, whose writes go with them.
-    """
-    change = effects.state_change_between(first, now)
-    if change is not None:
-        return Refusal("state-change-between", "{} runs between {} and {}", change, first, now)
-    for name, node, read in reads:
-        if node is None:
-            continue
-        by_path = isinstance(node, str)  # a parameter of a module, for which the graph has no node
-        writer = effects.any_write_between(read, now) if by_path else effects.write_between(node, read, now, own)
-        if writer is not None:
-            return Refusal("mutation-between", "{} may write {} ({}) before {}", writer, name, node, now)
-        writer = None if by_path else effects.reshaped_by(node)
-        if writer is not None:
-            return Refusal("metadata-mutation", "{} changes the shape of {} ({}) in place", writer, name, node)
-    return None
-
-
 def narrowed(total: Node) -> Node | None:
     """The one cast of a float32 sum to a 16-bit dtype, where there is just one."""
     if tensor_of(total).dtype is not torch.float32:
@@ -142,28 +131,3 @@ def narrowed(total: Node) -> Node | None:
     narrow = [cast for cast in casts if (value := tensor_of(cast)) is not None and value.dtype in DTYPES[:2]]
     plain = len(narrow) == 1 and same_sizes(tensor_of(narrow[0]).shape, tensor_of(total).shape)
     return narrow[0] if plain and tensor_of(narrow[0]).device == tensor_of(total).device else None
-
-
-def narrow_to(site: Site, cast: Node) -> None:
-    """Have the op store what the cast makes of the sum, which nobody else reads."""
-    site.end = cast
-    site.parts.append(cast)
-
-
-def operands(site: Site) -> list[tuple[str, Node | str | None]]:
-    """What the op reads of the formula and the stages before it."""
-    found = [("b", site.b)]
-    if site.finalize is None:
-        found.append(("a", site.a))
-    else:
-        routed = site.finalize
-        found += [
-            ("y", routed.y),
-            ("topk_weights", routed.weights),
-            ("inverse", routed.inverse),
-            ("masked", routed.masked),
-        ]
-    if site.projection is None:
-        return [*found, ("gate", site.gate)]
-    projection = site.projection
-    return [*found, ("x", projection.x), ("weight", projection.weight), ("bias", projection.bias)]

@@ -10,43 +10,24 @@ import torch
 from torch.fx import Node
 
 from fusionpass.effects import Effects
-from fusionpass.match import Refusal, RuleInfo, Site
+from fusionpass.match import Operand, Refusal, Site
+from fusionpass.moving import movable, site_movable
 from fusionpass.naming import describe
-from fusionpass.nodes import is_cast, is_reshape, readers
-from fusionpass.options import Options
-from fusionpass.pattern import find, is_identity
+from fusionpass.nodes import is_cast, is_identity, is_reshape, readers
+from fusionpass.pattern import find
+from fusionpass.rule import Stage
 from fusionpass.stages import common
 from fusionpass.tensors import known_contiguous, same_sizes, shape_text, tensor_of
 from fusionpass.vocabulary import Vocabulary
 
-INFO = RuleInfo(
-    name="residual",
-    kind="stage",
-    formula="out = residual + (a + sigmoid(gate) * b)",
-    needs=(
-        "the sum's only reader is an add, views that keep its rows apart",
-        "a residual of the shape and device of that add, which is contiguous",
-        "no write to an operand of the formula before that add",
-    ),
-    codes=common.CODES
-    | {
-        "not-a-residual": "what reads the sum is no addition of another tensor",
-        "another-sum": "what reads the sum is a site of its own, or nearly one, with the sum as its a",
-        "used-elsewhere": "the sum has other readers, so it must stay",
-        "scaled": "alpha other than 1",
-        "odd-call": "the call has arguments the formula does not have",
-        "out-argument": "the add writes into a given tensor",
-        "in-place": "the add overwrites memory that others read",
-    },
-)
 
-
-def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> Refusal | None:
-    """Absorb the add into the site; the reason when it stays outside, and then the site is unchanged."""
-    refusal = common.combinable(site, options)
+def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
+    """The site with the add, or why it stays outside."""
+    refusal = common.combinable(site)
     if refusal is not None:
         return refusal
-    parts, node = [], site.add
+    total_before = site.end
+    parts, node = [], total_before
     while True:
         found = readers(node)
         if len(found) != 1:
@@ -59,10 +40,10 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         node = reader
     meaning = words.meaning(reader)
     if meaning is None or meaning.op != "add" or len(meaning.operands) != 2:
-        return Refusal("not-a-residual", "{} goes to {}", site.add, describe(reader, words))
+        return Refusal("not-a-residual", "{} goes to {}", total_before, describe(reader, words))
     if meaning.oddity is not None:
         return meaning.oddity
-    if any(other is not None and other.a is node for other, _ in find(words, reader)):
+    if any(other is not None and other.node("a") is node for other, _ in find(words, reader)):
         return Refusal("another-sum", "{} adds a gated product of its own to {}", reader, node)
     left, right = meaning.operands
     residual = right if left is node else left
@@ -71,8 +52,8 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("not-a-residual", "{} adds {}", reader, residual)
     if not (same_sizes(given.shape, total.shape) and same_sizes(added.shape, total.shape)) or added.dim() == 0:
         return Refusal("shape", "the residual is {}, the sum {}", shape_text(given), shape_text(added))
-    if not same_sizes(added.shape[-1:], tensor_of(site.add).shape[-1:]):
-        return Refusal("shape", "{} cuts the rows of {}", node, site.add)
+    if not same_sizes(added.shape[-1:], tensor_of(total_before).shape[-1:]):
+        return Refusal("shape", "{} cuts the rows of {}", node, total_before)
     if not known_contiguous(total):
         return Refusal("stride", "{} has strides {}", reader, tuple(total.stride()))
     written = meaning.in_place and left is residual
@@ -80,16 +61,21 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("in-place", "{} overwrites {}, which others read", reader, left)
     source, cast = _before_widening(residual, reader)
     refusal = common.kinds(site, [("residual", tensor_of(source)), ("the sum", total)])
-    reads = [(*o, site.add) for o in common.operands(site)]
-    refusal = refusal or common.movable(reads, site.add, reader, effects)
-    if refusal is None and cast and common.movable([("the residual", source, cast[0])], cast[0], reader, effects):
-        source, cast = residual, []  # the cast stays, and is read where it was
-    if refusal is None:
-        site.residual, site.residual_written = source, written
-        site.end = site.at = reader
-        site.parts += [*cast, *parts, reader]
-        site.stages.append(INFO.name)
-    return refusal
+    refusal = refusal or site_movable(site, reader, effects)
+    if refusal is not None:
+        return refusal
+    read = Operand(source, cast[0] if cast else reader)
+    if cast and movable([("the residual", read)], cast[0], reader, effects):
+        read, cast = Operand(residual, reader), []  # the cast stays, and is read where it was
+    return site.grown(
+        "residual",
+        after=[*cast, *parts, reader],
+        operands={"residual": read},
+        results=[reader],
+        at=reader,
+        written_back="residual" if written else None,
+        op=common.MOE_COMBINE,
+    )
 
 
 def _hands_on(node: Node, reader: Node) -> bool:
@@ -112,3 +98,25 @@ def _before_widening(residual: Node, reader: Node) -> tuple[Node, list[Node]]:
     if before.device != after.device or before.dtype not in (torch.bfloat16, torch.float16):
         return residual, []
     return residual.args[0], [residual]
+
+
+STAGE = Stage(
+    name="residual",
+    formula="out = residual + out",
+    needs=(
+        "the sum's only reader is an add, views that keep its rows apart",
+        "a residual of the shape and device of that add, which is contiguous",
+        "no write to an operand of the formula before that add",
+    ),
+    codes=common.CODES
+    | {
+        "not-a-residual": "what reads the sum is no addition of another tensor",
+        "another-sum": "what reads the sum is a site of its own, or nearly one, with the sum as its a",
+        "used-elsewhere": "the sum has other readers, so it must stay",
+        "scaled": "alpha other than 1",
+        "odd-call": "the call has arguments the formula does not have",
+        "out-argument": "the add writes into a given tensor",
+        "in-place": "the add overwrites memory that others read",
+    },
+    grow=grow,
+)

@@ -11,62 +11,73 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from fusionpass.effects import Effects
-from fusionpass.match import Norm, Refusal, RuleInfo, Site
+from fusionpass.match import Operand, Refusal, Site
+from fusionpass.moving import movable
 from fusionpass.naming import describe
-from fusionpass.nodes import is_cast, readers
-from fusionpass.options import Options
-from fusionpass.pattern import is_identity
+from fusionpass.nodes import is_cast, is_identity, readers
+from fusionpass.rule import Stage
 from fusionpass.stages import common
 from fusionpass.tensors import known_contiguous, known_equal, same_sizes, settled, shape_text, tensor_of, value_of
 from fusionpass.vocabulary import Vocabulary
 
-INFO = RuleInfo(
-    name="rms_norm",
-    kind="stage",
-    formula="normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight)",
-    needs=(
-        "an RMSNorm over the last dim of the sum, torch's own or written out",
-        "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
-        "the result in the sum's dtype; nothing in between with other readers",
-    ),
-    codes=common.CODES
-    | {
-        "not-an-rms-norm": "no reader of the sum is an RMSNorm of its rows",
-        "used-elsewhere": "a node of the norm has other readers, so it must stay",
-        "module-hook": "the norm's module has hooks",
-        "module-forward": "the norm's module runs a forward that is not torch's own",
-        "in-place": "a node of the norm overwrites memory that others read",
-        "late-operand": "the norm's weight is computed after the sum",
-    },
-)
+
+@dataclass(frozen=True)
+class Norm:
+    """The RMSNorm that reads the sum: its nodes in the order of the data flow, `result` the last."""
+
+    weight: Node | str | None
+    eps: float
+    offset: float
+    result: Node
+    parts: list[Node]
+    weight_read: Node  # the first of its nodes that reads the weight
 
 
-def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> Refusal | None:
-    """Absorb the norm into the site; the reason when it stays outside, and then the site is unchanged."""
-    refusal = common.combinable(site, options)
+def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
+    """The site with the norm, or why it stays outside."""
+    refusal = common.combinable(site)
     if refusal is not None:
         return refusal
-    if not known_contiguous(tensor_of(site.end)):
-        return Refusal("stride", "{} has strides {}", site.end, tuple(tensor_of(site.end).stride()))
-    narrow = common.narrowed(site.end)
-    kept = tensor_of(narrow or site.end).dtype
-    norm = _torch_norm(site, words) or _written_out(site, words, effects, kept)
-    writer = next((reader for reader in site.end.users if _writes_into(reader, site.end, words)), None)
+    end = site.end
+    if not known_contiguous(tensor_of(end)):
+        return Refusal("stride", "{} has strides {}", end, tuple(tensor_of(end).stride()))
+    narrow = common.narrowed(end)
+    kept = tensor_of(narrow or end).dtype
+    norm = _torch_norm(end, words) or _written_out(end, words, effects, kept)
+    writer = next((reader for reader in end.users if _writes_into(reader, end, words)), None)
     if norm is None and writer is not None:
-        return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, site.end)
+        return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, end)
     if norm is None:
-        names = "; ".join(sorted(describe(reader, words) for reader in readers(site.end))) or "nothing"
-        return Refusal("not-an-rms-norm", "{} is read by {}", site.end, names)
+        names = "; ".join(sorted(describe(reader, words) for reader in readers(end))) or "nothing"
+        return Refusal("not-an-rms-norm", "{} is read by {}", end, names)
     if isinstance(norm, Refusal):
         return norm
-    if narrow is not None and not set(readers(site.end)) <= {narrow, *norm.parts}:
+    if narrow is not None and not set(readers(end)) <= {narrow, *norm.parts}:
         narrow = None  # others read the wide sum, so that is what the op gives
-    total, result, weight = tensor_of(narrow or site.end), tensor_of(norm.result), words.tensor(norm.weight)
+    refusal = _checked(site, norm, tensor_of(narrow or end), words, effects)
+    if refusal is not None:
+        return refusal
+    weight = {} if norm.weight is None else {"norm_weight": Operand(norm.weight, norm.weight_read)}
+    return site.grown(
+        "rms_norm",
+        after=[*([] if narrow is None else [narrow]), *norm.parts],
+        operands=weight,
+        numbers={"eps": norm.eps, "offset": norm.offset},
+        results=[narrow or end, norm.result],
+        op=common.MOE_COMBINE,
+    )
+
+
+def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, effects: Effects) -> Refusal | None:
+    """Why the norm of the sum, which the op gives as `total`, cannot be computed with it."""
+    refusal = None
+    result, weight = tensor_of(norm.result), words.tensor(norm.weight)
     if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
         return Refusal("dtype", "the norm {} is not of the sum's shape and dtype", norm.result)
     if not known_contiguous(result):
@@ -79,17 +90,12 @@ def grow(site: Site, words: Vocabulary, effects: Effects, options: Options) -> R
         return Refusal("mutation-between", "{} writes the norm's weight after {}", norm.weight, site.at)
     if isinstance(norm.weight, Node) and effects.position.get(norm.weight, -1) > effects.position[site.at]:
         return Refusal("late-operand", "{} comes after {}", norm.weight, site.at)
-    refusal = refusal or common.movable([("the sum", site.end, site.end)], site.end, norm.result, effects, norm.parts)
+    end = site.end
+    refusal = refusal or movable([("the sum", Operand(end, end))], end, norm.result, effects, norm.parts)
     # The weight's read moves to the sum, from after it or, where a cast of the weight was made early, from before it.
     first, last = sorted((norm.weight_read, site.at), key=effects.position.__getitem__)
-    refusal = refusal or common.movable([("the norm's weight", norm.weight, first)], first, last, effects)
-    if refusal is None:
-        if narrow is not None:
-            common.narrow_to(site, narrow)
-        site.norm = norm
-        site.parts += norm.parts
-        site.stages.append(INFO.name)
-    return refusal
+    reads = [] if norm.weight is None else [("the norm's weight", Operand(norm.weight, first))]
+    return refusal or movable(reads, first, last, effects)
 
 
 def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
@@ -98,15 +104,15 @@ def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
     return meaning is not None and meaning.in_place and written in (None, meaning.operands[0])
 
 
-def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
-    for user in site.end.users:
+def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:
+    for user in end.users:
         meaning = words.meaning(user)
-        if meaning is None or meaning.op != "rms_norm" or meaning.operands[0] is not site.end:
+        if meaning is None or meaning.op != "rms_norm" or meaning.operands[0] is not end:
             continue
         if meaning.oddity is not None:
             return meaning.oddity
         _, shape, weight, eps = meaning.operands
-        total = tensor_of(site.end)
+        total = tensor_of(end)
         shape = settled(shape)
         shape = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
         if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
@@ -122,15 +128,15 @@ def _torch_norm(site: Site, words: Vocabulary) -> Norm | Refusal | None:
     return None
 
 
-def _written_out(site: Site, words: Vocabulary, effects: Effects, kept: torch.dtype) -> Norm | Refusal | None:
-    for casts in _float32_forms(site.end):
-        wide = casts[-1] if casts else site.end
+def _written_out(end: Node, words: Vocabulary, effects: Effects, kept: torch.dtype) -> Norm | Refusal | None:
+    for casts in _float32_forms(end):
+        wide = casts[-1] if casts else end
         for scaled in wide.users:
             found = _scaled_by_rms(wide, scaled, words)
             if found is None:
                 continue
             eps, parts = found
-            norm = _weighted(site.end, casts, scaled, eps, parts, kept, words)
+            norm = _weighted(end, casts, scaled, eps, parts, kept, words)
             return norm if isinstance(norm, Refusal) else _overwrites_nothing(norm, words, effects) or norm
     return None
 
@@ -273,3 +279,24 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
 def _movable(weight: Node | str | None) -> Node | str | None:
     """A parameter by its path: tracers put the node that gets it just before its use, and the op stands earlier."""
     return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else weight
+
+
+STAGE = Stage(
+    name="rms_norm",
+    formula="normed = out * rsqrt(mean(out ** 2, -1, keepdim=True) + eps) * (offset + weight)",
+    needs=(
+        "an RMSNorm over the last dim of the sum, torch's own or written out",
+        "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
+        "the result in the sum's dtype; nothing in between with other readers",
+    ),
+    codes=common.CODES
+    | {
+        "not-an-rms-norm": "no reader of the sum is an RMSNorm of its rows",
+        "used-elsewhere": "a node of the norm has other readers, so it must stay",
+        "module-hook": "the norm's module has hooks",
+        "module-forward": "the norm's module runs a forward that is not torch's own",
+        "in-place": "a node of the norm overwrites memory that others read",
+        "late-operand": "the norm's weight is computed after the sum",
+    },
+    grow=grow,
+)
