@@ -85,7 +85,7 @@ def spelled(node: Node) -> str:
     if isinstance(target, HigherOrderOperator):
         return f"torch.ops.higher_order.{target.name()}"
     if node.op == "call_method":
-        return f"Tensor.{target}"
+        return f"Tensor.{target}" if torch_name(node) else f"the method {target}"
     module = (getattr(target, "__module__", None) or "").removeprefix("_")
     name = getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or type(target).__name__
     if module.startswith("torch._C") or module == "_VariableFunctions":

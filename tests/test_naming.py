@@ -117,6 +117,6 @@ def test_what_nobody_knows():
     x = graph.placeholder("x")
     assert describe(graph.call_function(_users_own, (x,))) == f"_users_own, {__name__}._users_own"
     assert describe(graph.call_function(torch.ops.higher_order.cond, (x,))).endswith("torch.ops.higher_order.cond")
-    assert describe(graph.call_method("to", (x, F32))) == "to, a cast"  # no shapes were recorded
+    assert describe(graph.call_method("to", (x, F32))) == "to, the method to"  # of what, nobody recorded
     told = describe(graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0")))
     assert told.endswith(", torch.ops._c10d_functional.all_reduce.default")

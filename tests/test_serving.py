@@ -46,7 +46,7 @@ def _nano_vllm(a, b, x, w, r, n):
 
 def _wide_sum_read(a, b, x, w, r, n):
     h = combine(a, b, x, w).float() + r.float()
-    return normed(h, n, a.dtype), h.to(a.dtype), h.sum()
+    return normed(h, n, a.dtype), h.to(a.dtype), h * 2
 
 
 def _residual_in_place(a, b, x, w, r, n):
