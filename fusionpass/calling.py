@@ -18,17 +18,17 @@ def call_of(site: Site, operand: Callable[[str, Operand], Any]) -> tuple[tuple[A
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for argument in site.op.target._schema.arguments:
-        name = site.op.names.get(argument.name, argument.name)
+    for argument in site.op.arguments:
+        name = argument.of_site
         if name in site.operands:
             value = operand(name, site.operands[name])
         elif name == "dtype":
             value = stored(site)
         else:
             value = site.numbers.get(name)
-            if name == "numerics" and value == argument.default_value:
+            if name == "numerics" and value == argument.default:
                 value = None
-        if not argument.kwarg_only:
+        if not argument.by_keyword:
             args.append(value)
         elif value is not None and value is not False:
             kwargs[argument.name] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -180,24 +180,28 @@ class _OneGraph:
         return site, refusal
 
     def grown(self, rule: Chosen, site: Site) -> Site:
+        stopped: list[tuple[str, Refusal]] = []
         for stage in rule.stages:
             if stage.name in rule.left_out:
                 larger = Refusal("not-allowed", "option 'rules' leaves out {}", stage.name)
             else:
                 larger = stage.grow(site, self.words, self.effects)
             refusal = self.whole.kept(self.gm, larger) if isinstance(larger, Site) else larger
-            site = larger if refusal is None else replace(site, stopped=[*site.stopped, (stage.name, refusal)])
-        return self.narrowed(site)
+            if refusal is None:
+                site = larger
+            else:
+                stopped.append((stage.name, refusal))
+        return self.narrowed(site).changed(stopped=stopped)
 
     def narrowed(self, site: Site) -> Site:
         """The site with the cast that alone reads its float32 sum: the op stores what the cast makes of it."""
-        if self.options.numerics != "fp32" or site.written_back is not None or not site.op.takes("dtype"):
+        if self.options.numerics != "fp32" or site.written_back is not None or not site.op.stores:
             return site
         end = site.end
         cast = narrowed(end)
         if cast is None or readers(end) != [cast] or self.effects.state_change_between(end, cast) is not None:
             return site
-        narrow = replace(site, results=[cast, *site.results[1:]], parts=[*site.parts, cast])
+        narrow = site.changed(results=[cast, *site.results[1:]], parts=[*site.parts, cast])
         return site if self.whole.kept(self.gm, narrow) is not None else narrow
 
     def replace(self, rule: Rule, site: Site) -> Rewrite:
@@ -241,7 +245,7 @@ def _choose(
     for found, obstacle in readings:
         site, refusal = found, obstacle
         if refusal is None:
-            site = replace(found, op=rule.op, stages=[rule.name], numbers={**found.numbers, "numerics": numerics})
+            site = found.changed(op=rule.op, stages=[rule.name], numbers={**found.numbers, "numerics": numerics})
             refusal = next((no for guard in rule.guards if (no := guard(site, effects)) is not None), None)
         if refusal is None and foreign:
             refusal = Refusal("subclass", "an input of the graph is a {}", foreign)

@@ -126,7 +126,7 @@ def first_part(site: Site, effects: Effects) -> Node:
 
 
 def outside_functorch(site: Site, effects: Effects) -> Refusal | None:
-    if effects.inside_functorch(first_part(site, effects), site.at):
+    if effects.has_levels and effects.inside_functorch(first_part(site, effects), site.at):
         return Refusal("functorch", "{} stands inside a level of torch.func", site.anchor)
     return None
 

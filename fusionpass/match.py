@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,9 +47,11 @@ class Operand(NamedTuple):
     said: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Site:
     """One place in a graph that one op may take over. A rule finds it, stages make larger ones of it by `grown`.
+
+    A site never changes: a step that fails leaves what was there before it.
 
     Attributes:
         anchor: the node at which the reading began. It computes the core formula's result, and names the site.
@@ -84,10 +86,16 @@ class Site:
     op: Op = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        defaults = {"core": self.operands, "results": [self.anchor], "at": self.anchor}
-        for name, value in defaults.items():
-            if not getattr(self, name):
-                object.__setattr__(self, name, value)
+        self.core = self.core or self.operands
+        self.results = self.results or [self.anchor]
+        self.at = self.at or self.anchor
+
+    def changed(self: Grown, **changes: Any) -> Grown:
+        """The site with other values for some attributes; `dataclasses.replace` takes several times as long."""
+        new = object.__new__(type(self))
+        new.__dict__ |= self.__dict__
+        new.__dict__ |= changes
+        return new
 
     @property
     def end(self) -> Node:
@@ -125,8 +133,7 @@ class Site:
         before, after, gone = list(before), list(after), set(without)
         stages = [stage, *self.stages] if before else [*self.stages, stage]
         kept = {name: operand for name, operand in self.operands.items() if name not in gone}
-        return replace(
-            self,
+        return self.changed(
             parts=[*before, *self.parts, *after],
             operands={**kept, **(operands or {})},
             numbers={**self.numbers, **(numbers or {})},

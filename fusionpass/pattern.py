@@ -8,7 +8,7 @@ the report can say what stood in between.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch.fx import Node
 
@@ -28,7 +28,7 @@ OTHER_PRODUCTS = {"glu": "b * sigmoid(gate) of the halves of one tensor", "einsu
 ANCHORS = ("add", "add_", "addcmul", "addcmul_", *OTHER_SUMS)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class GatedSite(Site):
     """One a + sigmoid(gate) * b.
 
@@ -126,7 +126,7 @@ def _readings(
     if isinstance(shapes, Refusal):
         yield site, shapes
     else:
-        yield replace(site, shapes=shapes) if shapes else site, refusal
+        yield site.changed(shapes=shapes) if shapes else site, refusal
 
 
 def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
 from fusionpass.private import OpOverload
+
+
+class Argument(NamedTuple):
+    """One of an op's, by its schema, which takes long to ask."""
+
+    name: str
+    of_site: str  # the site's operand or number that it is
+    by_keyword: bool
+    default: Any
 
 
 @dataclass(frozen=True)
@@ -55,17 +65,26 @@ class Op:
                 f"an op of a rule is {self.target!r}: it takes an overload, such as torch.ops.mine.silu_mul.default"
             )
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.target.overloadpacket.__name__
 
-    @property
+    @cached_property
     def several(self) -> bool:
         """Whether it has more than one result, which are then read by `getitem`."""
         return len(self.target._schema.returns) > 1
 
-    def takes(self, argument: str) -> bool:
-        return any(each.name == argument for each in self.target._schema.arguments)
+    @cached_property
+    def arguments(self) -> tuple[Argument, ...]:
+        return tuple(
+            Argument(each.name, self.names.get(each.name, each.name), each.kwarg_only, each.default_value)
+            for each in self.target._schema.arguments
+        )
+
+    @cached_property
+    def stores(self) -> bool:
+        """Whether it is told the dtype of what it stores."""
+        return any(each.name == "dtype" for each in self.arguments)
 
     def __reduce__(self) -> tuple:
         """Overloads do not pickle; their names do."""

@@ -173,7 +173,7 @@ def killed_by(one: Mutant) -> str:
     """The test that failed with this mutant, "" when none did."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("fusionpass", "kernels", "tests"):
+        for name in ("fusionpass", "kernels", "tests", "examples"):
             shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md"):
             shutil.copy(ROOT / name, copy)

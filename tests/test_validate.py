@@ -1,7 +1,5 @@
 """`verify`: a site whose op computes anything else than its nodes is named; one that rounds otherwise is not."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +30,7 @@ def arguments(dtype=torch.float32):
 def other(site, *without, numbers=None, **operands):
     """The site, with other operands and numbers than the matcher found."""
     kept = {name: operand for name, operand in site.operands.items() if name not in without}
-    return dataclasses.replace(site, operands={**kept, **operands}, numbers={**site.numbers, **(numbers or {})})
+    return site.changed(operands={**kept, **operands}, numbers={**site.numbers, **(numbers or {})})
 
 
 def with_numbers(**numbers):

@@ -67,7 +67,8 @@ def combinable(site: Site) -> Refusal | None:
         return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     if torch.is_grad_enabled():
         for node in (operand for part in reversed(site.parts) for operand in part.all_input_nodes):
-            if tensor_of(node) is not None and tensor_of(node).requires_grad:
+            value = tensor_of(node)
+            if value is not None and value.requires_grad:
                 return Refusal(
                     "needs-grad",
                     "{} requires gradients, and this stage has no backward: run under torch.no_grad() to let it join",
