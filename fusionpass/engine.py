@@ -245,12 +245,13 @@ def _choose(
     for found, obstacle in readings:
         site, refusal = found, obstacle
         if refusal is None:
-            site = found.changed(op=rule.op, stages=[rule.name], numbers={**found.numbers, "numerics": numerics})
+            site = found.changed(op=rule.op, stages=[rule.name])
             refusal = next((no for guard in rule.guards if (no := guard(site, effects)) is not None), None)
         if refusal is None and foreign:
             refusal = Refusal("subclass", "an input of the graph is a {}", foreign)
         if refusal is None:
-            return site, None
+            # Whether the op may be called with it is asked later, by `bits`: until then guards ask the op without.
+            return site.changed(numbers={**site.numbers, "numerics": numerics}), None
         refused.append((site, refusal))
     direct = [(site, refusal) for (site, refusal), (_, obstacle) in zip(refused, readings, strict=True) if not obstacle]
     return (direct or refused)[0]
