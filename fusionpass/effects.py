@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fusionpass.identity import torch_name
 from fusionpass.private import OpOverload
 from fusionpass.tensors import attribute, known_equal, storage_keys, tensor_of, value_of
-from fusionpass.writes import changes_state, is_functorch, level_change, metadata_write, only_computes, written_by
+from fusionpass.writes import changes_state, is_functorch, level_change, metadata_write, purely_computes, written_by
 
 
 class Effects:
@@ -49,7 +49,7 @@ class Effects:
         calls_modules = any(node.op == "call_module" for node in self._nodes)
         modules = dict(graph_module.named_modules()) if calls_modules else {}
         for index, node in enumerate(self._nodes):
-            if node.op not in ("call_function", "call_method", "call_module") or only_computes(node):
+            if node.op not in ("call_function", "call_method", "call_module") or purely_computes(node):
                 continue
             if changes_state(node):
                 self._states.append(index)

@@ -87,14 +87,14 @@ def _changes_state(target: Any) -> bool:
     )
 
 
-def only_computes(node: Node) -> bool:
+def purely_computes(node: Node) -> bool:
     """Whether the node calls a function of torch that changes no state and writes nothing, whatever it is given: most nodes
     of a graph, of which nothing more is asked."""
-    return node.op == "call_function" and _only_computes(node.target) and "out" not in node.kwargs
+    return node.op == "call_function" and _purely_computes(node.target) and "out" not in node.kwargs
 
 
 @lru_cache(maxsize=4096)
-def _only_computes(target: Any) -> bool:
+def _purely_computes(target: Any) -> bool:
     if isinstance(target, OpOverload):
         if target.namespace not in ("aten", "prims") or target._schema.is_mutable:
             return False
