@@ -377,7 +377,7 @@ def test_mixed_dtypes_in_eagers_numerics(dtypes):
     torch._dynamo.reset()
     got = fusionpass.fuse(lambda *given: function(*given), numerics="eager")(*args)
     torch.testing.assert_close(got, function(*args), rtol=0, atol=0)
-    apart = [args[0], args[1], torch.cat([args[2]] * 4, 1)[:, 2:3]]  # of no plain strides: the op itself is asked for its own
+    apart = [*args[:2], torch.cat([args[2]] * 4, 1)[:, 2:3]]  # of no plain strides: the op itself is asked for its own
     report = captured(function, *apart, numerics="eager")
     assert ([miss.code for miss in report.misses], report.rewrites) == (["mixed-dtype"], [])
 
