@@ -443,11 +443,11 @@ def test_verify_says_what_it_held(run, code):
 def test_verify_exits_1_when_a_site_differs(run, code, monkeypatch, tmp_path, exported):
     from fusionpass import replace
 
-    build = replace._call
+    build = replace.call_of
 
-    def mistaken(graph, site, gate, b, options):
-        site.a, site.b = b, site.a
-        return build(graph, site, gate, site.b, options)
+    def mistaken(site, operand):
+        exchanged = {**site.operands, "a": site.operands["b"], "b": site.operands["a"]}
+        return build(site.changed(operands=exchanged), operand)
 
     target = f"{code}:Combine"
     if exported:
@@ -456,7 +456,7 @@ def test_verify_exits_1_when_a_site_differs(run, code, monkeypatch, tmp_path, ex
         scope = {}
         exec(CODE, scope)
         torch.export.save(torch.export.export(scope["Combine"](), args), target)
-    monkeypatch.setattr(replace, "_call", mistaken)
+    monkeypatch.setattr(replace, "call_of", mistaken)
     status, out, err = run("report", target, "--verify")
     assert status == 1, err
     assert "verify: site add" in err and "Traceback" not in err
