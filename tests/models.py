@@ -56,6 +56,8 @@ def qwen3_5_moe():
 
 
 def _causal(config, dtype, experts):
+    if experts == "eager":
+        config.num_experts = 4  # Dynamo unrolls the loop over them
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=experts)
 
 
