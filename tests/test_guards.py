@@ -196,3 +196,17 @@ def test_the_weighted_sum_asks_the_same(changes, code):
     graph_module = recorded(changes, routed, ((8, 8), (4, 2), torch.arange(8), (4, 8), (4, 1)))
     _, report = fusionpass.rewrite(graph_module, verify=False)
     assert stops(report.rewrites[0]).get("finalize") == code
+
+
+def test_a_sigmoid_that_another_reader_writes():
+    """Through a view of it: what the product reads then is no sigmoid any more."""
+
+    def function(a, b, g):
+        gates = S(g)
+        gates.select(0, 0).zero_()
+        return a + gates * b
+
+    given = recorded({}, function)
+    after, report = fusionpass.rewrite(given)
+    assert [miss.code for miss in report.misses] == ["mutation-between"]
+    assert after.code == given.code
