@@ -77,7 +77,8 @@ def inputs(dtype: torch.dtype, requires_grad: bool = False) -> list[Tensor]:
 def called(function: Callable, share: Callable, scope: SimpleNamespace) -> Run:
     with torch.no_grad(), scope.AROUND:
         args = share(*inputs(scope.DTYPE))
-        scope.P.set_(scope.P0.clone())  # in its own shape: Dynamo by itself leaves it transposed where `a.t_(); a.t_()` ran on it
+        # In its own shape: Dynamo by itself leaves it transposed where `a.t_(); a.t_()` ran on it.
+        scope.P.set_(scope.P0.clone())
         if any(arg is scope.P for arg in args):
             args = [scope.P if arg is scope.P else arg for arg in args]
         torch.manual_seed(0)
