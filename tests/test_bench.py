@@ -198,7 +198,7 @@ def test_help_teaches(capsys):
     assert main(["bench", "--help"]) == 0
     out = capsys.readouterr().out
     assert "examples:" in out and "exit codes:" in out
-    assert all(op in out for op in OPS)
+    assert "an unknown name lists them all" in " ".join(out.split())
     assert ",".join(map(str, TOKENS)) in out and ",".join(map(str, HIDDEN)) in out
 
 
