@@ -6,12 +6,12 @@ _start.leave_quietly_if_command()
 
 from fusionpass import ops  # noqa: E402  whatever comes from here on imports torch
 from fusionpass._version import __version__  # noqa: E402
-from fusionpass.collecting import collect  # noqa: E402
-from fusionpass.decorator import fuse  # noqa: E402
+from fusionpass.entry.collecting import collect  # noqa: E402
+from fusionpass.entry.decorator import fuse  # noqa: E402
+from fusionpass.entry.explain import explain  # noqa: E402
+from fusionpass.entry.rewrite import Rewritten, rewrite  # noqa: E402
 from fusionpass.errors import NothingRewritten, VerificationFailed  # noqa: E402
-from fusionpass.explain import explain  # noqa: E402
 from fusionpass.report import Report  # noqa: E402
-from fusionpass.rewrite import Rewritten, rewrite  # noqa: E402
 
 __all__ = [
     "NothingRewritten",

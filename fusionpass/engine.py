@@ -12,24 +12,25 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fusionpass.copying import child_graphs
-from fusionpass.cost import left_to_inner
-from fusionpass.effects import Effects
-from fusionpass.identity import torch_name
-from fusionpass.match import Refusal, Site
-from fusionpass.nodes import readers
+from fusionpass.graph.copying import child_graphs
+from fusionpass.graph.effects import Effects
+from fusionpass.graph.identity import torch_name
+from fusionpass.graph.nodes import readers
+from fusionpass.graph.provenance import module_of, source_of
+from fusionpass.graph.refusal import Refusal
+from fusionpass.graph.statements import redirect, restore
+from fusionpass.graph.tensors import PLAIN_TYPES, dtype_text, tensor_of
+from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.options import Options
-from fusionpass.provenance import module_of, source_of
-from fusionpass.records import Miss, Rewrite
-from fusionpass.replace import insert, take_over
-from fusionpass.rule import Reading, Rule
+from fusionpass.report.records import Miss, Rewrite
 from fusionpass.rules import Chosen, chosen
-from fusionpass.stages.common import narrowed
-from fusionpass.statements import redirect, restore
-from fusionpass.tensors import PLAIN_TYPES, dtype_text, tensor_of
-from fusionpass.traffic import counted_against, fused, kept, unfused
-from fusionpass.validate import validate
-from fusionpass.vocabulary import Vocabulary
+from fusionpass.rules.cost import left_to_inner
+from fusionpass.rules.replace import insert, take_over
+from fusionpass.rules.rule import Reading, Rule
+from fusionpass.rules.site import Site
+from fusionpass.rules.stages.common import narrowed
+from fusionpass.rules.traffic import counted_against, fused, kept, unfused
+from fusionpass.rules.verify import validate
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusionpass.kernels import contract, overlap
+from fusionpass.kernels import aliasing, contract
 from fusionpass.operators.dispatch import PLAIN, transforms_active
 from fusionpass.operators.gated_add import INTO, OP
 
@@ -69,11 +69,11 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) 
     # Tracers' tensors have no address to compare, and a tracer turns the copy into a plain write of the result.
     if torch.compiler.is_compiling() or out.is_meta or any(type(t) not in PLAIN for t in named.values()):
         return out.copy_(OP.overload(a, gate, b))
-    if overlap.overlaps_itself(out):
+    if aliasing.overlaps_itself(out):
         given = f"shape {contract.listed(out.shape)} and strides {contract.listed(out.stride())}"
         raise ValueError(f"gated_add: out has {given}, allowed: strides that give each element its own memory")
     for name, tensor in (("a", a), ("gate", gate), ("b", b)):
-        if not (overlap.same_view(out, tensor) or overlap.disjoint(out, tensor)):
+        if not (aliasing.same_view(out, tensor) or aliasing.disjoint(out, tensor)):
             allowed = "the very same view, or no element in common"
             raise ValueError(f"gated_add: out shares memory with {name}, allowed: {allowed}")
     INTO.overload(a, gate, b, out)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from fusionpass.inductor_settings import check_settings
 from fusionpass.kernels.contract import NUMERICS
 from fusionpass.rules import checked
-from fusionpass.settings import check_settings
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Options:
             `fusionpass.rules`, a rule with all its stages; tried in this order. None allows all that there are by name.
         numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
         profitable_only: leave a site alone where the inner compiler by itself would be faster.
-        strict: raise `NothingRewritten` when no rewritten site ran in a call; see `fusionpass.notice`.
+        strict: raise `NothingRewritten` when no rewritten site ran in a call; see `fusionpass.entry.nothing_rewritten`.
         verify: run each rewritten site against the nodes it replaces, on random inputs, while compiling.
         mode: with `inner="inductor"`, one of torch.compile's modes ("reduce-overhead", "max-autotune", ...).
         inductor: with `inner="inductor"`, settings of `torch._inductor.config` for this compilation, by name.

@@ -18,14 +18,14 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from fusionpass import collecting
 from fusionpass.engine import run
+from fusionpass.entry import collecting
+from fusionpass.entry.cache_key import digest
+from fusionpass.entry.rewrite import rewrite
 from fusionpass.options import Options
 from fusionpass.private import CustomGraphPass
 from fusionpass.report import Report
-from fusionpass.rewrite import rewrite
 from fusionpass.rules import own
-from fusionpass.sources import digest
 
 
 class Pass(PassBase):

@@ -25,10 +25,10 @@ from . import gate_projected_add_aten as aten
 from . import gated_add
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .contract import result_dtype
-from .dependent import dependent_launch
+from .launch_limits import GRID_LIMIT, needs_int64
 from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared, warps_for
 from .layout import last_offset, row_offset, row_runs
-from .pointers import GRID_LIMIT, needs_int64
+from .programmatic_launch import dependent_launch
 
 BLOCK_LIMIT = 8192  # columns of one program; H beyond takes more programs, K beyond more rounds
 # A program that has all of its row in flight at once beats one that loops over it. The numbers behind these constants are

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
 from .gate_projected_add import blocks_and_warps
+from .launch_limits import needs_int64
 from .launching import Calls, Launch, in_order, layouts
-from .pointers import needs_int64
 
 COLUMNS_LIMIT = 8192  # a thread holds five values of each of its 16 columns; twice as many spill registers
 # The best of 1 to 4: see fusionpass/bench/measured.md.

@@ -23,10 +23,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from . import gated_add_aten as aten
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
 from .contract import result_dtype
-from .dependent import dependent_launch
+from .launch_limits import needs_int64
 from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepared
 from .layout import broadcast_strides, collapse, last_offset
-from .pointers import needs_int64
+from .programmatic_launch import dependent_launch
 
 # (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. These two won
 # among 512, 1024 and 2048 elements with 1 to 8 warps: see fusionpass/bench/measured.md.

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, widened
+from .launch_limits import GRID_LIMIT, needs_int64
 from .launching import Calls, Launch, in_order, layouts, warps_for
-from .pointers import GRID_LIMIT, needs_int64
 
 COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
 # One block a row beats two of half its length, and torch.compile's kernel: see fusionpass/bench/measured.md.

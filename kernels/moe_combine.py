@@ -24,7 +24,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .arithmetic import INTERPRETED, rounded, sigmoid, unpacked
 from .contract import known
-from .dependent import dependent_launch
 from .gate_projected_add import (
     BLOCK_LIMIT,
     COLUMNS_PER_WARP,
@@ -37,10 +36,11 @@ from .gate_projected_add import (
     vector,
 )
 from .gate_projected_add_aten import constant_logit
+from .launch_limits import needs_int64
 from .launching import Calls, Launch, Result, in_order, layouts, warps_for
 from .layout import contiguous_strides
 from .moe_combine_aten import TENSORS, Arguments, check_moe_combine
-from .pointers import needs_int64
+from .programmatic_launch import dependent_launch
 
 # Of a thread, for terms that are on their way. With fewer, short rows wait for memory; more change nothing: see
 # fusionpass/bench/measured.md.

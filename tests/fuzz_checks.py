@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
-from fusionpass.backend import fusionpass as backend
+from fusionpass.entry.backend import fusionpass as backend
 from fusionpass.private import lookup_backend
 
 

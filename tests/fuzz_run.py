@@ -77,8 +77,8 @@ def inputs(dtype: torch.dtype, requires_grad: bool = False) -> list[Tensor]:
 def called(function: Callable, share: Callable, scope: SimpleNamespace) -> Run:
     with torch.no_grad(), scope.AROUND:
         args = share(*inputs(scope.DTYPE))
-        # In its own shape: Dynamo by itself leaves it transposed where `a.t_(); a.t_()` ran on it. In its own memory: a graph
-        # of make_fx holds that, not the tensor.
+        # In its own shape: Dynamo by itself leaves it transposed where `a.t_(); a.t_()` ran on it. In its own memory: a
+        # graph of make_fx holds that, not the tensor.
         scope.P.as_strided_(scope.P0.shape, scope.P0.stride()).copy_(scope.P0)
         if any(arg is scope.P for arg in args):
             args = [scope.P if arg is scope.P else arg for arg in args]

@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import fusionpass
-from fusionpass import backend
 from fusionpass.bench.cases import OPS, Case, draw
+from fusionpass.entry import backend
 from fusionpass.operators import gate_projected_add, moe_combine
 
 torch._inductor.config.force_disable_caches = True

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusionpass
-from fusionpass.records import Rewrite
+from fusionpass.graph.tensors import tensor_of
 from fusionpass.report import Report
+from fusionpass.report.records import Rewrite
 from fusionpass.rules import catalog
-from fusionpass.tensors import tensor_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -13,7 +13,7 @@ from programs import DEVICE, operands
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusionpass
-import fusionpass.inductor
+import fusionpass.operators.in_inductor
 from fusionpass.cli import main
 from fusionpass.operators import gated_add
 
@@ -128,11 +128,11 @@ def test_a_saved_program_runs_elsewhere_and_compiles_ahead_of_time(whole, dynami
 
 def test_what_a_package_would_call_in_python_is_refused(monkeypatch):
     """With eager's roundings a GPU's kernel is no expression, and Inductor has no launch of it."""
-    monkeypatch.setattr(fusionpass.inductor, "_ahead_of_time", lambda: True)
-    monkeypatch.setattr(fusionpass.inductor, "interpreted", lambda: False)
+    monkeypatch.setattr(fusionpass.operators.in_inductor, "_ahead_of_time", lambda: True)
+    monkeypatch.setattr(fusionpass.operators.in_inductor, "interpreted", lambda: False)
     with FakeTensorMode(), pytest.raises(RuntimeError, match=r"cannot package this fusionpass\.gated_add.*numerics"):
         a = torch.empty(4, 8, device="cuda")
         options = {"numerics": "eager"}
-        fusionpass.inductor._opened(
+        fusionpass.operators.in_inductor._opened(
             gated_add.under_inductor, nullcontext(), gated_add.OP.overload, (), (a, a, a), options
         )

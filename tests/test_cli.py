@@ -441,7 +441,7 @@ def test_verify_says_what_it_held(run, code):
 
 @pytest.mark.parametrize("exported", [False, True], ids=["code", "archive"])
 def test_verify_exits_1_when_a_site_differs(run, code, monkeypatch, tmp_path, exported):
-    from fusionpass import replace
+    from fusionpass.rules import replace
 
     build = replace.call_of
 

@@ -23,11 +23,11 @@ from ops_helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-import fusionpass.backend
-from fusionpass import implementations
+import fusionpass.entry.backend
 from fusionpass.kernels import launching, moe_combine
 from fusionpass.kernels.launching import Calls
 from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
+from fusionpass.operators import implementations
 from fusionpass.operators import moe_combine as declared
 
 op = torch.ops.fusionpass.moe_combine.default
@@ -809,7 +809,7 @@ def test_graphs_that_python_runs_call_directly(through_op, inner, called):
 
     def backend(graph_module, example_inputs):
         graphs.append(graph_module)
-        return fusionpass.backend.fusionpass(graph_module, example_inputs, options={"inner": inner})
+        return fusionpass.entry.backend.fusionpass(graph_module, example_inputs, options={"inner": inner})
 
     compiled = torch.compile(block, backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(*args), block(*args))

@@ -11,7 +11,7 @@ from programs import DEVICE, Block, operands, unfused
 from torch._dynamo.utils import counters
 
 import fusionpass
-import fusionpass.implementations
+import fusionpass.operators.implementations
 
 S = torch.sigmoid
 
@@ -59,7 +59,7 @@ def compiles(function, backend, how, marked: bool, rows=(2, 3, 5, 9, 3, 2)) -> t
 @pytest.mark.parametrize(("how", "marked"), SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_no_compile_is_added(program, how, marked, grad):
-    from fusionpass.backend import Backend
+    from fusionpass.entry.backend import Backend
     from fusionpass.options import Options
 
     with torch.set_grad_enabled(grad):
@@ -72,7 +72,7 @@ def test_no_compile_is_added(program, how, marked, grad):
 
 @pytest.mark.parametrize("experts", ["grouped_mm", "eager"])
 def test_no_compile_is_added_to_a_model(experts):
-    from fusionpass.backend import Backend
+    from fusionpass.entry.backend import Backend
     from fusionpass.options import Options
 
     model, _ = models.build("qwen2_moe", experts=experts)
@@ -101,7 +101,7 @@ def copies(function, args) -> Counter:
 @pytest.mark.parametrize("program", ["formula", "region"])
 def test_no_copy_is_added(program, inner, monkeypatch):
     monkeypatch.setattr(
-        fusionpass.implementations, "interpreted", lambda: False
+        fusionpass.operators.implementations, "interpreted", lambda: False
     )  # the interpreter makes copies of its own
     args = operands((4, 8), (8, 8), (1, 8))
     with torch.no_grad():
@@ -137,7 +137,8 @@ def test_the_same_bits_each_time(program):
 
 def test_threads_compile_at_once(monkeypatch):
     """Each has its own report and its own results, of its own function or of one that all share."""
-    monkeypatch.setattr(fusionpass.implementations, "interpreted", lambda: False)  # the interpreter knows no threads
+    # The interpreter knows no threads.
+    monkeypatch.setattr(fusionpass.operators.implementations, "interpreted", lambda: False)
     count, found, failed = 6, {}, []
     shared = fusionpass.fuse(formula)
     start = threading.Barrier(count)

@@ -10,7 +10,7 @@ from ops_helpers import record_launches
 from test_traps import BF16, H, S, T, Trap, Untraceable, built, check, copied, formula, of, outcome, rows, seen
 
 import fusionpass
-from fusionpass.backend import fusionpass as backend
+from fusionpass.entry.backend import fusionpass as backend
 
 
 def test_a_sum_in_place_of_what_autograd_saved():

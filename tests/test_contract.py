@@ -9,7 +9,7 @@ from programs import abg, captured
 
 import fusionpass
 from fusionpass.options import Options
-from fusionpass.records import Miss, Rewrite
+from fusionpass.report.records import Miss, Rewrite
 
 PUBLIC = {"NothingRewritten", "Report", "Rewritten", "VerificationFailed", "__version__", "collect", "explain", "fuse"}
 PUBLIC |= {"ops", "rewrite"}

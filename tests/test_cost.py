@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fusionpass
-from fusionpass.cost import BYTES_PER_US, KERNEL_US, PROJECTION_US, TUNED_PROJECTION_US
 from fusionpass.engine import run
 from fusionpass.options import Options
+from fusionpass.rules.cost import BYTES_PER_US, KERNEL_US, PROJECTION_US, TUNED_PROJECTION_US
 
 S = torch.sigmoid
 H = 256
@@ -114,7 +114,7 @@ def test_rewritten_all_the_same(options):
 
 def test_unknown_sizes_are_left(monkeypatch):
     """A size nobody can tell, of an operand that Inductor would fuse, decides for Inductor."""
-    monkeypatch.setattr("fusionpass.cost.bytes_of", lambda tensor: None)
+    monkeypatch.setattr("fusionpass.rules.cost.bytes_of", lambda tensor: None)
     function, _ = PROGRAMS["a from a pointwise op"]
     (miss,) = outcome(function, 1).misses
     assert miss.code == "left-to-inner" and "unknown" in miss.reason

@@ -1,4 +1,4 @@
-"""`fusionpass.direct`: which calls do without the dispatcher, that they compute the op's bits, and who uses them."""
+"""The ops as plain functions: which calls do without the dispatcher, that they compute the op's bits, and who uses them."""
 
 import copy
 from collections.abc import Callable
@@ -14,9 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusionpass
-import fusionpass.backend
-from fusionpass import direct, implementations
-from fusionpass.operators import gate_projected_add, gated_add
+import fusionpass.entry.backend
+from fusionpass.operators import functions, gate_projected_add, gated_add, implementations
 
 OPS = {
     "gated_add": torch.ops.fusionpass.gated_add.default,
@@ -357,7 +356,7 @@ def compiled_graph(block, args, inner):
 
     def backend(graph_module, example_inputs):
         graphs.append(graph_module)
-        return fusionpass.backend.fusionpass(graph_module, example_inputs, options={"inner": inner})
+        return fusionpass.entry.backend.fusionpass(graph_module, example_inputs, options={"inner": inner})
 
     y = torch.compile(block, backend=backend, fullgraph=True)(*args)
     (graph,) = graphs
@@ -428,7 +427,7 @@ def test_rewrite_keeps_the_ops(tracer):
 def test_a_graph_without_a_site_is_left_alone():
     graph = torch.fx.symbolic_trace(torch.nn.Tanh())
     code = graph.code
-    direct.call_directly(graph)
+    functions.call_directly(graph)
     assert graph.code == code
 
 

@@ -173,7 +173,7 @@ def test_one_compile_over_several_sizes(x):
         sizes.append(1)
         return graph_module
 
-    fused = torch.compile(Block().to(DEVICE), backend=fusionpass.backend.Backend(_options(inner)), dynamic=True)
+    fused = torch.compile(Block().to(DEVICE), backend=fusionpass.entry.backend.Backend(_options(inner)), dynamic=True)
     for rows in (2, 3, 17, 4096):
         fused(torch.randn(rows, 8, device=DEVICE))
     assert len(sizes) == 1

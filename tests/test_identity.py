@@ -9,7 +9,7 @@ from programs import DEVICE, operands, stops
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
-from fusionpass.identity import name_of
+from fusionpass.graph.identity import name_of
 
 S = torch.sigmoid
 LIBRARY = torch.library.Library("identity_test", "FRAGMENT")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from programs import DEVICE
 
-from fusionpass import backend
 from fusionpass.bench.cases import OPS, Case, draw
+from fusionpass.entry import backend
 from fusionpass.operators.moe_combine import EPS, TOP_K
 
 FORWARD = [name for name, op in OPS.items() if not op.backward]

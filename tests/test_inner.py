@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from programs import DEVICE, operands
 
 import fusionpass
-from fusionpass import inner
+from fusionpass.entry import inner_compiler
+from fusionpass.entry.inner_compiler import inductor_settings, tunes
 
 S = torch.sigmoid
 
@@ -77,7 +78,7 @@ def test_what_inductor_is_told(function, options, told, monkeypatch):
         calls.append(config_patches or {})
         return graph_module
 
-    monkeypatch.setattr(inner, "compiler_of", lambda options: inductor)
+    monkeypatch.setattr(inner_compiler, "compiler_of", lambda options: inductor)
     args = operands((4, 8), (8, 8), (1, 8))
     want = function(*args)
     fused = fusionpass.fuse(function, inner="inductor", **options)
@@ -90,14 +91,14 @@ def test_modes_that_tune_are_known(mode):
     from fusionpass.options import Options
 
     options = Options.from_user({"inner": "inductor", "mode": mode})
-    assert inner.tunes(inner.inductor_settings(options)) == (mode is not None and mode.startswith("max-autotune"))
+    assert tunes(inductor_settings(options)) == (mode is not None and mode.startswith("max-autotune"))
     given = Options.from_user({"inner": "inductor", "inductor": {"coordinate_descent_tuning": True}})
-    assert inner.tunes(inner.inductor_settings(given))
+    assert tunes(inductor_settings(given))
 
 
 def test_equal_options_are_one_backend():
     """Dynamo guards on the backend: layers fused apart with equal settings share one compile."""
-    from fusionpass.backend import Backend
+    from fusionpass.entry.backend import Backend
     from fusionpass.options import Options
 
     make = lambda **settings: Backend(Options.from_user({"inner": "inductor", "inductor": settings}))  # noqa: E731

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
-from fusionpass.backend import Backend
+from fusionpass.entry.backend import Backend
 from fusionpass.options import Options
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")

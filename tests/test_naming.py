@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from fusionpass.naming import describe
-from fusionpass.vocabulary import Vocabulary
+from fusionpass.graph.naming import describe
+from fusionpass.graph.vocabulary import Vocabulary
 
 aten = torch.ops.aten
 F32, BF16 = torch.float32, torch.bfloat16

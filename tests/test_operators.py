@@ -9,12 +9,11 @@ import torch
 from ops_helpers import DEVICE
 
 import fusionpass
-from fusionpass import direct, inductor
 from fusionpass.bench import cases
 from fusionpass.kernels import launching, moe_combine
 from fusionpass.kernels.launching import Calls, Launch, in_order
 from fusionpass.kernels.moe_combine_aten import TENSORS, Arguments
-from fusionpass.operators import OPS
+from fusionpass.operators import OPS, functions, in_inductor
 
 SCHEMAS = """
 fusionpass::gated_add(Tensor a, Tensor gate, Tensor b, *, str numerics="fp32", ScalarType? dtype=None) -> Tensor
@@ -42,9 +41,9 @@ def test_every_op_for_people_is_whole():
     whole = [op for op in OPS if not op.name.startswith("_")]
     for op in whole:
         assert op.autograd and op.autocast and op.inductor and op.direct and op.bench, op.name
-        assert direct.FUNCTIONS[op.overload] is op.direct
+        assert functions.FUNCTIONS[op.overload] is op.direct
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.overload.name(), "Autograd")
-    assert set(inductor._launches) == {op.overload for op in whole if op.launches}
+    assert set(in_inductor._launches) == {op.overload for op in whole if op.launches}
     assert list(cases.OPS) == [
         "gated_add", "gate_projected_add", "moe_combine", "moe_combine_top_10", "gated_add_backward",
         "gate_projected_add_backward",
@@ -53,11 +52,9 @@ def test_every_op_for_people_is_whole():
 
 def test_ops_are_declared_in_their_own_modules_alone():
     """What registers, opens or calls the ops knows none of them by name: a new op is no change there."""
-    package = Path(fusionpass.__file__).parent
-    shared = (
-        "inductor.py direct.py implementations.py operators/declaration.py operators/dispatch.py operators/autocast.py"
-    )
-    for path in [package / name for name in shared.split()]:
+    folder = Path(fusionpass.__file__).parent / "operators"
+    shared = "in_inductor functions implementations declaration dispatch autocast"
+    for path in [folder / f"{name}.py" for name in shared.split()]:
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert not names & {op.name for op in OPS}, path
 

@@ -11,7 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from ops_helpers import DEVICE, DTYPES, LAYOUTS, gated_expression, projected_expression
 from torch.library import opcheck
 
-from fusionpass import implementations, ops
+from fusionpass import ops
+from fusionpass.operators import implementations
 
 gated_add_op = torch.ops.fusionpass.gated_add.default
 projected_op = torch.ops.fusionpass.gate_projected_add.default

@@ -8,8 +8,8 @@ from ops_helpers import DEVICE, DIRECT
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
-from fusionpass import implementations
 from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
+from fusionpass.operators import implementations
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.fusionpass

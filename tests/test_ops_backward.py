@@ -22,11 +22,10 @@ from ops_helpers import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
-from fusionpass import implementations
 from fusionpass.kernels import gate_projected_add as forward_kernel
 from fusionpass.kernels import gate_projected_add_backward as projected_kernel
 from fusionpass.kernels import gated_add_backward as gated_kernel
-from fusionpass.operators import gate_projected_add, gated_add
+from fusionpass.operators import gate_projected_add, gated_add, implementations
 
 gated_add_op = torch.ops.fusionpass.gated_add.default
 projected_op = torch.ops.fusionpass.gate_projected_add.default

@@ -11,8 +11,7 @@ import torch
 from ops_helpers import DEVICE, DIRECT, fill_fresh_memory_with_nan
 
 import fusionpass
-from fusionpass import implementations
-from fusionpass.operators import gate_projected_add, gated_add, moe_combine
+from fusionpass.operators import gate_projected_add, gated_add, implementations, moe_combine
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 OPS = torch.ops.fusionpass
@@ -119,7 +118,7 @@ def test_without_triton_installed():
 import sys
 sys.modules["triton"] = None
 import torch, fusionpass
-from fusionpass import implementations
+from fusionpass.operators import implementations
 a, b, g, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(3, 1), torch.randn(1, 8)
 assert not implementations.has_triton()
 want = a + torch.sigmoid(g) * b

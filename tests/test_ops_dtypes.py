@@ -9,8 +9,8 @@ import torch
 from ops_helpers import DEVICE, assert_no_worse, doubled, fill_fresh_memory_with_nan, projected_slack, sum_slack
 from torch.library import opcheck
 
-from fusionpass import implementations
 from fusionpass.kernels.moe_combine_aten import Arguments, moe_combine_expression
+from fusionpass.operators import implementations
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SHORT = {BF16: "bf16", F16: "fp16", F32: "fp32"}

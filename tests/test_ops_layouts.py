@@ -29,11 +29,11 @@ from ops_helpers import (
     sum_slack,
 )
 
-from fusionpass.kernels import dependent, launching, layout
 from fusionpass.kernels import gate_projected_add as projected_kernel
 from fusionpass.kernels import gate_projected_add_aten as projected_aten
 from fusionpass.kernels import gated_add as gated_kernel
 from fusionpass.kernels import gated_add_aten as gated_aten
+from fusionpass.kernels import launching, layout, programmatic_launch
 
 
 def kernel_gated_add(a, gate, b, numerics="fp32"):
@@ -652,7 +652,7 @@ def test_result(a, strides):
 def test_a_wrong_choice_of_dependent_launch_names_itself(monkeypatch, chosen):
     monkeypatch.setenv("FUSIONPASS_PDL", chosen)
     with pytest.raises(ValueError, match=f"FUSIONPASS_PDL is '{chosen}', allowed: 0 or 1"):
-        dependent.dependent_launch.__wrapped__(0)
+        programmatic_launch.dependent_launch.__wrapped__(0)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is for a CPU")
@@ -662,7 +662,7 @@ def test_no_dependent_launch_under_the_interpreter(monkeypatch, chosen):
         monkeypatch.delenv("FUSIONPASS_PDL", raising=False)
     else:
         monkeypatch.setenv("FUSIONPASS_PDL", chosen)
-    assert not any(dependent.dependent_launch.__wrapped__(device) for device in (-1, 0))
+    assert not any(programmatic_launch.dependent_launch.__wrapped__(device) for device in (-1, 0))
 
 
 # On a GPU alone: compiled variants, profilers' hooks, threads, graphs, dependent launch.
@@ -809,9 +809,9 @@ import sys
 import torch
 sys.path.insert(0, sys.argv[3])
 import test_ops_layouts as tests
-from fusionpass.kernels import dependent
+from fusionpass.kernels import programmatic_launch
 
-assert dependent.dependent_launch(0) is (sys.argv[1] == "1")
+assert programmatic_launch.dependent_launch(0) is (sys.argv[1] == "1")
 results = []
 for rows, width in ((1, 2048), (32, 512), (300, 1000)):
     x, weight, bias, a, gate, b = tests.chain_operands(torch.bfloat16, rows, width)

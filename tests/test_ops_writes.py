@@ -7,7 +7,7 @@ import torch
 from programs import DEVICE, operands
 
 import fusionpass
-from fusionpass import implementations
+from fusionpass.operators import implementations
 
 gated_add = torch.ops.fusionpass.gated_add
 projected = torch.ops.fusionpass.gate_projected_add

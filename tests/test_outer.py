@@ -13,9 +13,9 @@ from programs import DEVICE, assert_no_less_exact, operands
 from torch.utils.checkpoint import checkpoint
 
 import fusionpass
-from fusionpass.backend import Backend
+from fusionpass.entry.backend import Backend
+from fusionpass.entry.outer_compile import Outer
 from fusionpass.options import Options
-from fusionpass.outer import Outer
 
 
 def formula(module, x):
@@ -157,7 +157,7 @@ def results(run, module, x) -> list[torch.Tensor]:
 @contextmanager
 def as_written():
     """Fused functions run as they are written; what is said of that, by `strict` too, is not these tests' matter."""
-    with torch.compiler.set_stance("force_eager"), mock.patch("fusionpass.notice.nothing"):
+    with torch.compiler.set_stance("force_eager"), mock.patch("fusionpass.entry.nothing_rewritten.nothing"):
         yield
 
 

@@ -16,6 +16,7 @@ from programs import DEVICE, abg, captured, operands, stops
 
 import fusionpass
 from fusionpass.cli.rules import rules_text
+from fusionpass.entry.cache_key import digest
 from fusionpass.options import Options
 from fusionpass.rules import (
     CODES,
@@ -33,7 +34,6 @@ from fusionpass.rules import (
     same_bits,
     torch_name,
 )
-from fusionpass.sources import digest
 
 S = torch.sigmoid
 

@@ -110,7 +110,7 @@ def test_inductor_pass_in_training():
 
 
 def test_uuid_tells_options_sources_and_passes_apart(tmp_path, monkeypatch):
-    from fusionpass import sources
+    from fusionpass.entry import cache_key
 
     same = [InductorPass(), InductorPass(), InductorPass(profitable_only=True)]
     assert len({p.uuid() for p in same}) == 1
@@ -126,10 +126,10 @@ def test_uuid_tells_options_sources_and_passes_apart(tmp_path, monkeypatch):
     before = InductorPass().uuid()
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "gated_add.py").write_text("changed = True\n")
-    monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
-    sources.digest.cache_clear()
+    monkeypatch.setattr(cache_key, "__file__", str(tmp_path / "entry" / "cache_key.py"))
+    cache_key.digest.cache_clear()
     assert InductorPass().uuid() != before
-    sources.digest.cache_clear()
+    cache_key.digest.cache_clear()
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the same on a GPU, where compiling takes longer")

@@ -31,7 +31,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 import fusionpass
-import fusionpass.implementations
+import fusionpass.operators.implementations
 
 BF16 = torch.bfloat16
 CORE = ["gated_add"]
@@ -69,7 +69,7 @@ class Capture:
             want = tensors(graph_module(*args))
             with pytest.MonkeyPatch.context() as patch:
                 # A CPU's exp is ATen's: Triton's interpreter takes numpy's, which rounds some float32 otherwise.
-                patch.setattr(fusionpass.implementations, "interpreted", lambda: False)
+                patch.setattr(fusionpass.operators.implementations, "interpreted", lambda: False)
                 got = tensors(exact.graph_module(*args))
             assert [g.stride() for g in got] == [w.stride() for w in want]
             torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)

@@ -2,9 +2,8 @@
 
 import pytest
 
-from fusionpass import ranges, render
-from fusionpass.records import GraphBreak, GraphRecord, Miss, Rewrite
-from fusionpass.report import Report
+from fusionpass.report import Report, render, wording
+from fusionpass.report.records import GraphBreak, GraphRecord, Miss, Rewrite
 
 
 def rewrite(layer=0, *, module="model.layers.{}.mlp", calls=1, graph=0, size=64, **changes):
@@ -66,7 +65,7 @@ RANGES = {
 
 @pytest.mark.parametrize("paths, expected", RANGES.values(), ids=RANGES)
 def test_ranges(paths, expected):
-    assert ranges.ranges(paths) == expected
+    assert wording.ranges(paths) == expected
 
 
 def test_48_like_layers_are_one_line_that_names_every_module():

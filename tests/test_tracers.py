@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusionpass
-from fusionpass.recording import recorder
+from fusionpass.entry.recording import recorder
 
 
 class Plain(torch.nn.Module):

@@ -10,9 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fusionpass
-from fusionpass import implementations, inductor, traffic
 from fusionpass.engine import run
+from fusionpass.operators import implementations, in_inductor
 from fusionpass.options import Options
+from fusionpass.rules import traffic
 
 S = torch.sigmoid
 T, H = 16, 64
@@ -84,7 +85,7 @@ WIDE = [(name, 4, torch.float32) for name in ("core", "projection with a bias", 
 def test_kernels_under_inductor(monkeypatch, name, top_k, dtype):
     """Before: Inductor on the program as it is. After, on a CPU: what it makes of the expression that it is given."""
     if DEVICE == "cpu":
-        for module in (implementations, inductor, traffic):  # an interpreted kernel is no expression
+        for module in (implementations, in_inductor, traffic):  # an interpreted kernel is no expression
             monkeypatch.setattr(module, "interpreted", lambda: False)
     args = operands(top_k, dtype, DEVICE)
     before, _ = scheduled(PROGRAMS[name], args)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from programs import DEVICE, captured, operands
 
 import fusionpass
-from fusionpass import replace
+from fusionpass.rules import replace
 
 S = torch.sigmoid
 pytestmark = pytest.mark.of_verify

@@ -14,7 +14,7 @@ from fusionpass.bench.cases import OPS, Case, Operands, bytes_moved, bytes_read,
 from fusionpass.bench.results import HostCost, Measurement, Run, Timing
 from fusionpass.bench.sides import Side, calls_of, ensure_right, errors, sides_of, truth
 from fusionpass.bench.timing import WARM_UP, Captured, call_count, gpu_times, host_times, set_count
-from fusionpass.direct import call_directly
+from fusionpass.operators.functions import call_directly
 from fusionpass.private import reset
 
 DEVICE = "cuda"  # the current one

@@ -17,9 +17,9 @@ import torch
 from tabulate import tabulate
 
 import fusionpass
-from fusionpass import backend
 from fusionpass.bench import MODES
 from fusionpass.bench.timing import interleaved
+from fusionpass.entry import backend
 from fusionpass.operators import OPS
 from fusionpass.private import reset
 

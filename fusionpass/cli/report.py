@@ -12,8 +12,8 @@ from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import TRACEBACK, quiet
 from fusionpass.errors import VerificationFailed
-from fusionpass.render import summary
 from fusionpass.report import Report, count
+from fusionpass.report.render import summary
 from fusionpass.targets.types import Target, TargetError, one_line
 
 SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html"}
@@ -92,7 +92,7 @@ def _capture(target: Target, options: dict[str, object], arguments: argparse.Nam
         with target.capturing():
             if target.program is not None:
                 return _rewritten(target, options, keep_code)
-            from fusionpass.explain import capture
+            from fusionpass.entry.explain import capture
 
             call = (target.model, target.args, dict(target.kwargs))
             return capture(*call, target=target.name, keep_code=keep_code, **options)
@@ -106,7 +106,7 @@ def _capture(target: Target, options: dict[str, object], arguments: argparse.Nam
 
 
 def _rewritten(target: Target, options: dict[str, object], keep_code: bool) -> Report:
-    from fusionpass.rewrite import rewrite
+    from fusionpass.entry.rewrite import rewrite
 
     before = target.program.graph_module.print_readable(print_output=False) if keep_code else None
     program, report = rewrite(target.program, **options)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusionpass import inductor
+from fusionpass.operators import in_inductor
 from fusionpass.operators.autocast import DEVICES, passed_by
 
 LIBRARY = torch.library.Library("fusionpass", "FRAGMENT")
@@ -51,9 +51,9 @@ class Op:
         fake: makes results of the right shapes, strides and dtypes for a tracer.
         autograd: the Autograd kernel, with the dispatcher's key set in front; None where nobody differentiates the op.
         autocast: what it does under autocast; None for the op itself with autocast off.
-        inductor: what Inductor's trace finds in its place, or None for the op; see `fusionpass.inductor`.
+        inductor: what Inductor's trace finds in its place, or None for the op; see `fusionpass.operators.in_inductor`.
         launches: the Triton kernels that `inductor` launches.
-        direct: the op as a plain function, for graphs that Python runs; see `fusionpass.direct`.
+        direct: the op as a plain function, for graphs that Python runs; see `fusionpass.operators.functions`.
         bench: its cases in the benchmark, by name.
         overload: what the dispatcher calls, from `register` on.
     """
@@ -85,7 +85,7 @@ def register(op: Op) -> None:
     for device in DEVICES:
         LIBRARY.impl(op.name, op.autocast or passed_by(op.overload), f"Autocast{device}")
     if op.inductor is not None:
-        inductor.register(op.overload, op.inductor, op.launches, LIBRARY)
+        in_inductor.register(op.overload, op.inductor, op.launches, LIBRARY)
 
 
 TYPES = {

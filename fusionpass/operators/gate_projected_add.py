@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fusionpass.implementations import ALL, Dtype, kernel_dtypes, kernels_take
+from fusionpass.graph.tensors import known_contiguous
 from fusionpass.kernels import gate_projected_add_aten as aten
 from fusionpass.kernels.contract import MOST_COLUMNS, result_dtype
 from fusionpass.kernels.moe_combine_aten import Arguments
 from fusionpass.operators.autocast import cast, without_autocast
 from fusionpass.operators.declaration import Bench, Op
 from fusionpass.operators.dispatch import Beneath, beneath, plain, recorded, run_of, transforms_active
+from fusionpass.operators.implementations import ALL, Dtype, kernel_dtypes, kernels_take
 from fusionpass.private import _DisableAutocast
-from fusionpass.tensors import known_contiguous
 
 
 @functools.cache

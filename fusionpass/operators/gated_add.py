@@ -7,12 +7,12 @@ import functools
 import torch
 from torch import Tensor
 
-from fusionpass.implementations import ALL, Dtype, kernel_dtypes, kernels_take
 from fusionpass.kernels import gated_add_aten as aten
 from fusionpass.kernels.contract import result_dtype
 from fusionpass.operators.autocast import without_autocast
 from fusionpass.operators.declaration import Bench, Op
 from fusionpass.operators.dispatch import Beneath, beneath, plain, recorded, run_of, transforms_active
+from fusionpass.operators.implementations import ALL, Dtype, kernel_dtypes, kernels_take
 from fusionpass.private import _DisableAutocast
 
 

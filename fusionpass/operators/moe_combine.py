@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fusionpass.implementations import ALL, kernel_dtypes, kernels_take
 from fusionpass.kernels import moe_combine_aten as aten
 from fusionpass.kernels.contract import result_dtype
 from fusionpass.kernels.gate_projected_add_aten import projected_nodes
@@ -22,6 +21,7 @@ from fusionpass.operators import gate_projected_add, gated_add
 from fusionpass.operators.autocast import cast, without_autocast
 from fusionpass.operators.declaration import Bench, Op, schema_of
 from fusionpass.operators.dispatch import beneath, plain, recorded, transforms_active
+from fusionpass.operators.implementations import ALL, kernel_dtypes, kernels_take
 from fusionpass.private import _DisableAutocast
 
 

@@ -1,0 +1,116 @@
+"""Whether the inner compiler by itself would be faster: what an opaque op keeps it from fusing, against what the op saves.
+
+A compiler that runs graphs node by node ("eager", "aot_eager", "cudagraphs", a callable of the user's) has nothing to lose.
+Inductor makes one kernel of the weighted sum, the formula, the residual add and the norm, and a second one of the gate's
+projection. Our op saves the second. What of the first it does not cover becomes a kernel of its own, and the tensor
+between the two goes through memory:
+
+    saved = what the rule and its stages say: PROJECTION_US where the op computes the gate logit
+    lost  = sum of KERNEL_US + bytes / BYTES_PER_US over the neighbours that Inductor would have fused with the formula
+
+A site is left alone when it loses more than it saves; a tie is rewritten.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from fusionpass.graph.effects import Effects
+from fusionpass.graph.identity import torch_name
+from fusionpass.graph.nodes import gather_of, is_cast, is_view, pointwise_or_reduction, readers
+from fusionpass.graph.refusal import Refusal
+from fusionpass.graph.tensors import tensor_of
+from fusionpass.private import OpOverload
+from fusionpass.rules.site import Site
+from fusionpass.rules.traffic import bytes_of
+
+# Measured on one H100 (torch 2.11, bf16, CUDA-graph replay).
+PROJECTION_US = 4.0  # Inductor's two kernels less our one, gate_projected_add: 3.6 at 1 x 2048, 5.1 at 32 x 4096
+TUNED_PROJECTION_US = 0.5  # with coordinate-descent tuning its projection fuses too: 0.1 at 32 x 2048, 0.6 at 1 x 2048
+KERNEL_US = 1.3  # one kernel more in a replayed graph: the smallest, gated_add of one row, takes 1.14
+BYTES_PER_US = 3.0e6  # a copy of many times the L2 cache moves 3.0 TB/s, reads and writes together
+
+FUSING = ("inductor",)
+
+
+def saved_projection(site: Site, tuned: bool) -> float:
+    """Microseconds that the op saves where it computes the gate's projection as well."""
+    return TUNED_PROJECTION_US if tuned else PROJECTION_US
+
+
+def left_to_inner(site: Site, effects: Effects, inner: object, saved: float) -> Refusal | None:
+    """Why the site is better left to the inner compiler; None when it is not.
+
+    Args:
+        inner: the option of this name.
+        saved: microseconds that the op saves it.
+    """
+    if inner not in FUSING or site.numbers["numerics"] == "eager":  # whoever asks for eager's bits wants them first
+        return None
+    # Inductor is given the bare formula, and on a CPU the whole region, as it stands: see `operators.in_inductor`.
+    if site.op.opened or (site.op.opened_on_cpu and tensor_of(site.end).device.type == "cpu"):
+        return None
+    lost = [*_producers(site), *_consumers(site, effects)]
+    moved = [bytes_of(tensor_of(node)) for node in lost]
+    if not lost:
+        return None
+    names = ", ".join(node.name for node in lost)
+    if None in moved:
+        return Refusal("left-to-inner", "{} would fuse {} with the formula, and their size is unknown", inner, names)
+    cost = len(lost) * KERNEL_US + 2 * sum(moved) / BYTES_PER_US
+    if cost <= saved:
+        return None
+    text = "{} fuses {} with the formula: kept apart they cost about {:.1f} us, and the op saves {:.1f}"
+    return Refusal("left-to-inner", text, inner, names, cost, saved)
+
+
+def _producers(site: Site) -> list[Node]:
+    """What computes an operand for the op alone, and would be computed inside Inductor's kernel."""
+    operands = [site.node(name) for name in site.op.rows]
+    inside = set(site.parts)
+    found = []
+    for operand in dict.fromkeys(node for node in operands if node is not None):
+        node = _behind_views(operand)
+        if _fuses(node) and all(_only_inside(reader, inside) for reader in readers(node)):
+            found.append(node)
+    return found
+
+
+def _only_inside(reader: Node, inside: set[Node]) -> bool:
+    """Whether the reader belongs to the site, or hands a view on to nothing but the site or the caller."""
+    if reader in inside or reader.op == "output":
+        return True
+    return is_view(reader) and all(_only_inside(each, inside) for each in readers(reader))
+
+
+def _consumers(site: Site, effects: Effects) -> list[Node]:
+    """Results that a node reads which Inductor could compute in the same kernel: all else it needs stands before the op."""
+    inside, now = set(site.parts), effects.position[site.end]
+    return [result for result in site.results if _read_by_pointwise(result, inside, now, effects)]
+
+
+def _read_by_pointwise(node: Node, inside: set[Node], now: int, effects: Effects) -> bool:
+    for reader in readers(node):
+        if reader in inside:
+            continue
+        if is_view(reader) and _read_by_pointwise(reader, inside, now, effects):
+            return True
+        others = [operand for operand in reader.all_input_nodes if operand is not node]
+        if _fuses(reader) and all(effects.position.get(other, now) < now for other in others):
+            return True
+    return False
+
+
+def _behind_views(node: Node) -> Node:
+    while is_view(node) and gather_of(node) is None and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _fuses(node: Node) -> bool:
+    """Whether Inductor generates the node's code itself, so that it can share a kernel with its neighbours."""
+    if node.op not in ("call_function", "call_method") or tensor_of(node) is None:
+        return False
+    if isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims"):
+        return False
+    return is_cast(node) or gather_of(node) is not None or pointwise_or_reduction(torch_name(node))

@@ -1,0 +1,130 @@
+"""What a rule is: a core formula, the stages that it grows over, and the op that takes their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch.fx import Node
+
+from fusionpass.graph.effects import Effects
+from fusionpass.graph.refusal import Refusal
+from fusionpass.graph.vocabulary import OPERATIONS, Vocabulary
+from fusionpass.private import OpOverload
+from fusionpass.rules.replacement import Op
+from fusionpass.rules.site import Site
+
+Reading = tuple[Site | None, Refusal | None]
+Guard = Callable[[Site, Effects], Refusal | None]
+
+
+def no_saving(site: Site, tuned: bool) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A neighbour that the same op can compute as well.
+
+    Attributes:
+        name: as reports, the option `rules` and `fusionpass rules` have it.
+        formula: what it computes, as `name = expression`, in functions of torch and torch.nn.functional: a program that it
+            takes in, when a rule's formula stands around it. A core's result is `out`.
+        needs: what it asks of its surroundings, for people.
+        codes: refusal code -> what it means.
+        grow: given a site, the larger one (see `Site.grown`), or why the stage stays outside.
+        saves: microseconds that the op saves Inductor by it, for a site that has the stage; told whether Inductor tunes.
+        of: names of the rules that it grows from; needed only where it is given to the option `rules` by itself.
+        version: raise it when what the op computes changes and the modules of the functions given here do not: PyTorch's
+            caches then take what they hold for stale.
+    """
+
+    name: str
+    formula: str
+    needs: tuple[str, ...]
+    codes: Mapping[str, str] = field(hash=False)
+    grow: Callable[[Site, Vocabulary, Effects], Site | Refusal]
+    saves: Callable[[Site, bool], float] = no_saving
+    of: tuple[str, ...] = ()
+    version: str = ""
+
+    kind = "stage"
+
+    def __post_init__(self) -> None:
+        _as_tuples(self, "needs", "of")
+
+    def __repr__(self) -> str:
+        return f"Stage({self.name!r})"
+
+
+def other_bits(site: Site) -> Refusal | None:
+    """For rules whose op rounds otherwise than the nodes do, whatever the operands."""
+    return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is: the op rounds otherwise", site.anchor)
+
+
+def same_bits(site: Site) -> Refusal | None:
+    """For rules whose op gives the bits that the nodes give."""
+    return None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A core formula, and what one op may take over around it.
+
+    Attributes:
+        name, needs, codes, saves, version: as a `Stage` has them.
+        formula: what it computes, as an expression: a program that it rewrites.
+        op: what a site becomes, unless a stage gives it another op.
+        anchors: the operations at which a reading begins: words of `fusionpass.graph.vocabulary`, in-place forms with
+            a trailing underscore, or torch's own names of others ("silu").
+        find: all ways to read such a node as the formula, best first, each with what stands in the way (None: nothing). A
+            reading that is no site at all and only worth a word is None with its refusal.
+        guards: questions about a reading, in this order; the first refusal is the one reported. `fusionpass.rules.GUARDS`
+            are those that any rule needs.
+        bits: asked where the option `numerics` is "eager": why the op would give other bits than the nodes.
+        stages: in the order in which they are tried.
+        absent: what a report says where the graph has no reading at all.
+    """
+
+    name: str
+    formula: str
+    needs: tuple[str, ...]
+    codes: Mapping[str, str] = field(hash=False)
+    op: Op
+    anchors: tuple[str, ...]
+    find: Callable[[Vocabulary, Node], Iterable[Reading]]
+    guards: tuple[Guard, ...]
+    bits: Callable[[Site], Refusal | None] = other_bits
+    stages: tuple[Stage, ...] = ()
+    saves: Callable[[Site, bool], float] = no_saving
+    absent: str = ""
+    version: str = ""
+
+    kind = "rule"
+
+    def __post_init__(self) -> None:
+        _as_tuples(self, "needs", "anchors", "guards", "stages")
+        if isinstance(self.op, OpOverload):
+            object.__setattr__(self, "op", Op(self.op))
+        if not self.absent:
+            object.__setattr__(self, "absent", f"nothing computes {self.formula}")
+
+    def __repr__(self) -> str:
+        return f"Rule({self.name!r})"
+
+    @cached_property
+    def begins_at(self) -> frozenset[str]:
+        return frozenset(self.anchors)
+
+    @cached_property
+    def has_other_words(self) -> bool:
+        """Whether a reading begins at operations that the vocabulary has no word for."""
+        return not self.begins_at <= OPERATIONS
+
+
+def _as_tuples(value: Rule | Stage, *names: str) -> None:
+    """Rules are compared and hashed: torch.compile guards on the options that hold them."""
+    for name in names:
+        given = getattr(value, name)
+        object.__setattr__(value, name, (given,) if isinstance(given, str) else tuple(given))
