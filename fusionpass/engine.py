@@ -22,7 +22,7 @@ from fusionpass.graph.statements import redirect, restore
 from fusionpass.graph.tensors import PLAIN_TYPES, dtype_text, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.options import Options
-from fusionpass.report.records import Miss, Rewrite
+from fusionpass.report.records import Miss, Outcome, Rewrite
 from fusionpass.rules import Chosen, chosen
 from fusionpass.rules.cost import left_to_inner
 from fusionpass.rules.replace import insert, take_over
@@ -33,18 +33,6 @@ from fusionpass.rules.traffic import counted_against, fused, kept, unfused
 from fusionpass.rules.verify import validate
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Outcome:
-    """What the pass did to one captured graph, child graphs included; `graph` indices are for the report to set."""
-
-    nodes: int = 0
-    rewrites: list[Rewrite] = field(default_factory=list)
-    misses: list[Miss] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
-    switched_off: bool = False  # PyTorch's tools kept the pass from running
-    absent: tuple[str, ...] = ()  # what each rule that was tried says of a graph without a reading
 
 
 def run(

@@ -12,8 +12,9 @@ from fusionpass.cli.files import ensure_writable, print_out, write
 from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import TRACEBACK, quiet
 from fusionpass.errors import VerificationFailed
-from fusionpass.report import Report, count
+from fusionpass.report import Report
 from fusionpass.report.render import summary
+from fusionpass.report.wording import count
 from fusionpass.targets.types import Target, TargetError, one_line
 
 SUFFIXES = {".json": "json", ".md": "markdown", ".html": "html", ".htm": "html"}

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fusionpass.engine import Outcome, foreign_type, run
+from fusionpass.engine import foreign_type, run
 from fusionpass.entry import collecting, nothing_rewritten
 from fusionpass.entry.calls import noting
 from fusionpass.entry.compiled_function import place_of
@@ -22,7 +22,7 @@ from fusionpass.entry.instrumentation import as_named_pass, tell
 from fusionpass.operators.functions import call_directly
 from fusionpass.operators.in_inductor import ops_opened
 from fusionpass.options import Options
-from fusionpass.report.records import GraphBreak
+from fusionpass.report.records import GraphBreak, Outcome
 
 
 def fusionpass(

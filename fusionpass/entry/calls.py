@@ -12,8 +12,8 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from fusionpass.engine import Outcome
 from fusionpass.private import _LazyGraphModule
+from fusionpass.report.records import Outcome
 
 PLAIN = 1  # a graph without a rewritten site ran
 REWRITTEN = 3  # one with a site ran; it holds the bit of a graph that ran

@@ -8,11 +8,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusionpass.engine import Outcome
 from fusionpass.entry.calls import local
 from fusionpass.entry.no_graph import why_off
 from fusionpass.report import Report
-from fusionpass.report.records import GraphBreak
+from fusionpass.report.records import GraphBreak, Outcome
 
 
 @dataclass

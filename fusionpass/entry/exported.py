@@ -13,12 +13,13 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from fusionpass.engine import Outcome, run
+from fusionpass.engine import run
 from fusionpass.graph.copying import editable
 from fusionpass.graph.gradients import as_in_training
 from fusionpass.graph.nodes import is_reshape
 from fusionpass.graph.refusal import Refusal
 from fusionpass.options import Options
+from fusionpass.report.records import Outcome
 from fusionpass.rules.site import Site
 
 

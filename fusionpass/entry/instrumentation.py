@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch.fx import GraphModule
 
-from fusionpass.engine import Outcome
+from fusionpass.report.records import Outcome
 
 NAME = "fusionpass"  # of the pass, the counters and the artefact
 Result = TypeVar("Result")

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from fusionpass.engine import Outcome
 from fusionpass.entry import collecting
 from fusionpass.entry.calls import PLAIN, REWRITTEN, local
 from fusionpass.entry.compiled_function import Place, name_of
@@ -26,6 +25,7 @@ from fusionpass.entry.no_graph import called, why_unseen
 from fusionpass.errors import NothingRewritten, VerificationFailed
 from fusionpass.options import Options
 from fusionpass.report import Report
+from fusionpass.report.records import Outcome
 
 log = logging.getLogger("fusionpass")
 _said: set[Hashable] = set()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fusionpass.engine import Outcome, foreign_type, run
+from fusionpass.engine import foreign_type, run
 from fusionpass.entry import backend, collecting, nothing_rewritten
 from fusionpass.entry.cache_key import in_cache_keys
 from fusionpass.entry.calls import noting
@@ -31,6 +31,7 @@ from fusionpass.graph.copying import child_graphs
 from fusionpass.operators.functions import call_directly
 from fusionpass.operators.in_inductor import ops_opened
 from fusionpass.options import Options
+from fusionpass.report.records import Outcome
 
 _MARK = "fusionpass_target"  # in a node's meta, until the pass has read it
 

@@ -74,3 +74,15 @@ class GraphBreak(_Record):
 
     reason: str
     source: str  # "modeling_qwen2_moe.py:293", "" when unknown
+
+
+@dataclass
+class Outcome:
+    """What the pass did to one captured graph, child graphs included; `graph` indices are for the report to set."""
+
+    nodes: int = 0
+    rewrites: list[Rewrite] = field(default_factory=list)
+    misses: list[Miss] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
+    switched_off: bool = False  # PyTorch's tools kept the pass from running
+    absent: tuple[str, ...] = ()  # what each rule that was tried says of a graph without a reading

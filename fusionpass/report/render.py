@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from fusionpass._version import __version__
-from fusionpass.report import count
-from fusionpass.report.wording import common, ranges, skeleton, stem
+from fusionpass.report.wording import common, count, ranges, skeleton, stem
 
 if TYPE_CHECKING:
-    from fusionpass.report import Report
+    from fusionpass.report.findings import Findings
     from fusionpass.report.records import Miss, Rewrite
 
 WIDTH = 118  # columns of the terminal table
@@ -27,7 +26,7 @@ STAR = r"\1*"  # a node name without the number that told it apart
 _NAME = re.compile(r"\b([A-Za-z]\w*?)(?:_\d+)+\b")
 
 
-def table(report: Report) -> str:
+def table(report: Findings) -> str:
     """The report for a terminal of 120 columns, plain ASCII as far as the names in it are."""
     blocks = [_title(report)]
     if report.rewrites:
@@ -36,12 +35,12 @@ def table(report: Report) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def markdown(report: Report) -> str:
+def markdown(report: Findings) -> str:
     """The report as GitHub Markdown, one row per site."""
     return _document(report, "## {}", "### {}", _md, lambda rows, heads: _grid(rows, heads, "github", _md), _md)
 
 
-def html(report: Report) -> str:
+def html(report: Findings) -> str:
     """The report as an HTML fragment, one row per site, every text escaped."""
     body = _document(
         report,
@@ -54,7 +53,7 @@ def html(report: Report) -> str:
     return f'<section class="fusionpass">\n{body}\n</section>'
 
 
-def summary(report: Report) -> str:
+def summary(report: Findings) -> str:
     """Everything in one line: counts, kernels and bytes; at zero rewrites, why."""
     tail = [count(len(report.graphs), "graph"), count(len(report.graph_breaks), "graph break")]
     if not report.rewrites:
@@ -75,14 +74,14 @@ def summary(report: Report) -> str:
     return f"{', '.join(counts)}; {_savings(report)}"
 
 
-def _title(report: Report) -> str:
+def _title(report: Findings) -> str:
     import torch
 
     versions = f"fusionpass {__version__}, torch {torch.__version__}"
     return f"{report.target}  ({versions})" if report.target else versions
 
 
-def _rewrite_table(report: Report) -> str:
+def _rewrite_table(report: Findings) -> str:
     """One line per site or per fold of like sites: where, how many, what, in which modules, by which rule."""
     with_runs = report.executed != len(report.rewrites)
     heads = ["source", "sites", *(["runs"] if with_runs else []), "rewrote", "module", "rule"]
@@ -125,7 +124,7 @@ def _folds(sites: Sequence[Any], likeness: Callable[[Any], Any], fold_from: int 
     return folds
 
 
-def _stopped_lines(report: Report) -> str:
+def _stopped_lines(report: Findings) -> str:
     """Stages that did not join, by stage and code."""
     found: dict[tuple[str, str], list[tuple[Rewrite, str]]] = {}
     for site in report.rewrites:
@@ -138,7 +137,7 @@ def _stopped_lines(report: Report) -> str:
     return "\n".join(["stages that did not join", *lines]) if lines else ""
 
 
-def _miss_lines(report: Report) -> str:
+def _miss_lines(report: Findings) -> str:
     """Near misses by code, then by sentence, then where."""
     if not report.misses:
         return ""
@@ -166,7 +165,7 @@ def _miss_lines(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _break_lines(report: Report) -> str:
+def _break_lines(report: Findings) -> str:
     counts: dict[tuple[str, str], int] = {}
     for each in report.graph_breaks:
         key = (each.source or "-", _flat(each.reason))
@@ -204,7 +203,7 @@ MISS_HEADS = ("source", "module", "missed", "rule / code", "reason", "graph", "r
 BREAK_HEADS = ("source", "reason")
 
 
-def _rewrite_rows(report: Report) -> list[list[str]]:
+def _rewrite_rows(report: Findings) -> list[list[str]]:
     return [
         [
             _source(site),
@@ -223,14 +222,14 @@ def _rewrite_rows(report: Report) -> list[list[str]]:
     ]
 
 
-def _miss_rows(report: Report) -> list[list[str]]:
+def _miss_rows(report: Findings) -> list[list[str]]:
     return [
         [_source(m), _module(m), m.node, f"{m.rule} / {m.code}", m.reason, str(m.graph), str(m.calls)]
         for m in report.misses
     ]
 
 
-def _break_rows(report: Report) -> list[list[str]]:
+def _break_rows(report: Findings) -> list[list[str]]:
     return [[each.source or "-", each.reason] for each in report.graph_breaks]
 
 
@@ -246,7 +245,7 @@ def _md(cell: str) -> str:
     return cell.replace("](", "]\\(")
 
 
-def _savings(report: Report) -> str:
+def _savings(report: Findings) -> str:
     """Kernels and bytes before and after, and whose were before; each site as often as it ran, once where nothing has."""
     captured, executed = len(report.rewrites), report.executed
     weights = [_runs(report, site) if executed else 1 for site in report.rewrites]
@@ -261,7 +260,7 @@ def _savings(report: Report) -> str:
     return f"{kernels}, {traffic} {'per call' if executed in (0, captured) else f'over {executed} runs'}"
 
 
-def _runs(report: Report, site: Rewrite) -> int:
+def _runs(report: Findings, site: Rewrite) -> int:
     return site.calls if report.graphs[site.graph].compiled else 1
 
 

@@ -1,4 +1,4 @@
-"""Names of many layers in few words: module paths as ranges, node names by what they share."""
+"""Many things in few words: how many, module paths as ranges, node names by what they share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 _NUMBERED = re.compile(r"(_\d+)+$")
+
+
+def count(number: int, noun: str) -> str:
+    """`1 graph`, `2 graphs`, `2 near misses`."""
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def ranges(paths: Iterable[str]) -> list[str]:
