@@ -166,13 +166,19 @@ def _at(tensor: Tensor, offset: int) -> Tensor:
 
 
 class Result:
-    """Memory for a result with the shape and device of `a`, given strides, and a given dtype or its own."""
+    """Memory for a result on the device of `a`, given strides, and a given dtype and shape or those of `a`."""
 
     __slots__ = ("_current", "_dtype", "_shape", "_strides")
 
-    def __init__(self, a: Tensor, strides: Sequence[int], dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        a: Tensor,
+        strides: Sequence[int],
+        dtype: torch.dtype | None = None,
+        shape: Sequence[int] | None = None,
+    ):
         self._current = a.is_cuda and torch.cuda.device_count() == 1 and _empty_strided_cuda is not None
-        self._shape = tuple(a.shape)
+        self._shape = tuple(a.shape if shape is None else shape)
         self._strides = tuple(strides)
         self._dtype = dtype or a.dtype
 

@@ -1,6 +1,7 @@
 """moe_combine: the combine region of a sparse layer, each stage of it optional but the formula
 
-    sum    = residual + routed + sigmoid(logit) * b        routed = a, or sum_k weights[t, k] * y[inverse[t, k]]
+    sum    = residual + scale * (routed_scale * routed + sigmoid(logit) * b)
+    routed = a, or sum_k weights[t, k] * y[inverse[t, k]]        without a gate b is added as it is, if there is a b
     normed = sum / sqrt(mean(sum ** 2) + eps) * (offset + norm_weight)        logit = gate, or x . gate_weight + bias
 
 shapes    T rows of H <= 16384 columns in b, residual, sum, normed and a; y is [T * K, H] or [T, K, H] with K <= 32
@@ -14,6 +15,7 @@ traffic   T * H * (K or 1, + 1 for b, + 1 for x, + 1 for residual, + 1 for sum, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from operator import itemgetter
 
 import torch
@@ -53,7 +55,8 @@ def moe_combine_kernel(
     a_row, a_col, weight_step, inverse_step, masked_step, b_row, b_col, gate_row, x_row, x_col, w_col, r_row, r_col,
     norm_step, TOP_K: tl.constexpr, INDEXED: tl.constexpr, PERMUTED: tl.constexpr, HAS_MASK: tl.constexpr,
     PROJECTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_NORM_WEIGHT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    HAS_NORM_WEIGHT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_B: tl.constexpr, GATED: tl.constexpr,
+    ROUTED_SCALE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +86,8 @@ def moe_combine_kernel(
     if PROJECTED:
         X += tl.multiple_of(row * x_row, VECTOR)
         x, w = dot_operands(X, W, x_col, w_col, lane, K)
-    b = tl.load(B + tl.multiple_of(row * b_row, VECTOR) + h * b_col, mask=mask, other=0.0)
+    if HAS_B:
+        b = tl.load(B + tl.multiple_of(row * b_row, VECTOR) + h * b_col, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         at = tl.multiple_of(row * r_row, VECTOR)
         residual = tl.load(RESIDUAL + at + h * r_col, mask=mask, other=0.0)
@@ -111,13 +115,20 @@ def moe_combine_kernel(
             if HAS_MASK:  # read all the same: a load that waits for its mask comes too late
                 part = tl.where(masks[k], 0.0, part)
             y += unpacked(weights[k]) * part
-    if PROJECTED:
-        logit = dot(x, w, X, W, x_col, w_col, lane, K, BLOCK_K)
-        if HAS_BIAS:
-            logit += unpacked(tl.load(BIAS))
-    else:
-        logit = unpacked(tl.load(GATE + row * gate_row))
-    y += sigmoid(logit, PRECISE, INTERPRETED) * unpacked(b)
+    if ROUTED_SCALE != 1.0:
+        y *= ROUTED_SCALE
+    if GATED:
+        if PROJECTED:
+            logit = dot(x, w, X, W, x_col, w_col, lane, K, BLOCK_K)
+            if HAS_BIAS:
+                logit += unpacked(tl.load(BIAS))
+        else:
+            logit = unpacked(tl.load(GATE + row * gate_row))
+        y += sigmoid(logit, PRECISE, INTERPRETED) * unpacked(b)
+    elif HAS_B:
+        y += unpacked(b)
+    if SCALE != 1.0:
+        y *= SCALE
     if HAS_RESIDUAL:
         y += unpacked(residual)
     to = tl.multiple_of(row * H, VECTOR) + h
@@ -147,7 +158,7 @@ RESULTS = ("SUM", "NORMED")
 NAMES = tuple(OPERANDS.values())
 FLAT = ("topk_weights", "inverse", "masked", "gate", "norm_weight")  # one number per row, slot or column
 AS_THEY_ARE = ("gate_weight", "gate_bias")
-B_AT = NAMES.index("b")
+A_AT, B_AT = NAMES.index("a"), NAMES.index("b")
 operands_of = itemgetter(*map(Arguments._fields.index, NAMES))  # of the op's arguments, in the kernel's order
 
 
@@ -174,15 +185,17 @@ class _Prepared:
         rows, operands = rows_of(given), operands_of(given)
         # Most operands are rows as they stand; these are not.
         self._flat = [i for i, name in enumerate(NAMES) if rows[name] is not operands[i]]
-        shaped = given.shaped()
+        shape = given.shape()
         self._dtype = given.result_dtype()
-        self._result = Result(shaped, contiguous_strides(shaped.shape), self._dtype)
+        self._result = Result(given.a, contiguous_strides(shape), self._dtype, shape)
         self._norm = given.eps is not None
-        count = shaped.numel() // shaped.shape[-1]
+        count = prod(shape[:-1])
         self._launch = _launch(rows, count, given) if count else None
 
     def __call__(self, operands: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         b = operands[B_AT]
+        if b is None:
+            b = operands[A_AT]
         total = self._result.empty(b)
         normed = self._result.empty(b) if self._norm else b.new_empty(0, dtype=self._dtype)
         if self._launch is not None:
@@ -206,8 +219,8 @@ def numbers_of(
     def has(name: str) -> bool:
         return rows[name] is not None
 
-    b, x, weight = rows["b"], rows["x"], rows["gate_weight"]
-    h = b.shape[-1]
+    x, weight = rows["x"], rows["gate_weight"]
+    h = rows["a"].shape[-1]
     k = h if x is None else x.shape[-1]
     w_col = 0 if weight is None else column_stride(weight)
     block_h = triton.next_power_of_2(h)
@@ -247,6 +260,10 @@ def numbers_of(
         "HAS_NORM_WEIGHT": has("norm_weight"),
         "EPS": given.eps or 0.0,
         "OFFSET": given.offset,
+        "HAS_B": has("b"),
+        "GATED": given.gated,
+        "ROUTED_SCALE": given.routed_scale,
+        "SCALE": given.scale,
         "WIDE": wide,
         "PRECISE": given.result_dtype() == torch.float32,
         "INTERPRETED": INTERPRETED,
@@ -262,7 +279,7 @@ def numbers_of(
 
 
 def _launch(rows: dict[str, Tensor | None], count: int, given: Arguments) -> Launch:
-    device = rows["b"].get_device()
+    device = rows["a"].get_device()
     dependent = dependent_launch(device)
     numbers, warps = numbers_of(rows, given, dependent)
     arguments = in_order(moe_combine_kernel, (*OPERANDS, *RESULTS), numbers)
@@ -305,19 +322,20 @@ def traced(given: Arguments) -> tuple[Tensor, Tensor] | None:
     given = given._replace(dtype=given.result_dtype())
     if given.x is not None and known(given.x.shape[-1] == 0):
         given = without_columns(given)
-    if not known(given.b.numel() > 0):
+    if not known(given.a.numel() > 0):
         return None
     rows = rows_of(given)
-    columns = [tensor.shape[-1] for tensor in (given.b, given.x) if tensor is not None]
+    columns = [tensor.shape[-1] for tensor in (given.a, given.x) if tensor is not None]
     strides = [stride for tensor in rows.values() if tensor is not None for stride in tensor.stride()]
     if not all(isinstance(n, int) for n in (*columns, *strides)):
         return None
-    shape, b = given.shaped().shape, rows["b"]
-    total = torch.empty(shape, dtype=given.dtype, device=b.device)
-    normed = torch.empty((0,) if given.eps is None else shape, dtype=given.dtype, device=b.device)
+    shape, device = given.shape(), given.a.device
+    total = torch.empty(shape, dtype=given.dtype, device=device)
+    normed = torch.empty((0,) if given.eps is None else shape, dtype=given.dtype, device=device)
     numbers, warps = numbers_of(rows, given, dependent=False)
-    pointers = {name: b if rows[operand] is None else rows[operand] for name, operand in OPERANDS.items()}
+    absent = rows["a"] if rows["b"] is None else rows["b"]  # stands for operands that are not read
+    pointers = {name: absent if rows[operand] is None else rows[operand] for name, operand in OPERANDS.items()}
     pointers |= zip(RESULTS, (total, normed), strict=True)
-    launch = torch.library.wrap_triton(moe_combine_kernel)[(b.shape[0],)]
+    launch = torch.library.wrap_triton(moe_combine_kernel)[(prod(shape[:-1]),)]
     launch(**pointers, **numbers, num_warps=warps)
     return total, normed

@@ -3,7 +3,7 @@ nodes, for gradients, which the kernel has none of."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class Arguments(NamedTuple):
     """
 
     a: Tensor  # the routed sum, [rows, H], or with top_k its terms, [rows * top_k, H]
-    b: Tensor
+    b: Tensor | None = None  # the shared expert; with neither gate nor x it is added as it is
     gate: Tensor | None = None  # one logit per row; or the projection x . gate_weight + gate_bias
     x: Tensor | None = None
     gate_weight: Tensor | None = None
@@ -46,10 +46,21 @@ class Arguments(NamedTuple):
     eps: float | None = None  # None: there is no norm
     offset: float = 0.0
     dtype: torch.dtype | None = None
+    routed_scale: float = 1.0  # a factor of the routed sum
+    scale: float = 1.0  # a factor of the routed sum and the shared expert together
 
-    def shaped(self) -> Tensor:
-        """The argument that has the shape of the results."""
-        return self.b if self.residual is None else self.residual
+    def shape(self) -> Sequence[int]:
+        """The shape of the results."""
+        for given in (self.residual, self.b):
+            if given is not None:
+                return given.shape
+        if not self.top_k:
+            return self.a.shape
+        return (prod(self.a.shape[:-1]) // self.top_k, self.a.shape[-1])
+
+    @property
+    def gated(self) -> bool:
+        return self.gate is not None or self.x is not None
 
     def result_dtype(self) -> torch.dtype:
         """Of both results. Neither the routing weights nor the norm's take part in promotion: they are often kept in
@@ -66,8 +77,10 @@ def moe_combine_problem(given: Arguments) -> str | None:
     for name in ("b", "a", "x", "residual"):
         if name in named and named[name].dim() == 0:
             return f"{name} has no dims, allowed: one or more"
-    b, h, top_k = given.b, given.b.shape[-1], given.top_k
-    floating = {"b": b} | {name: t for name, t in named.items() if name not in INDICES}
+    # What the others must fit: the first of these that is given, which for the routed sum alone are its terms.
+    like = next(name for name in ("b", "residual", "a") if name in named)
+    told, h, top_k = named[like], given.a.shape[-1] if like == "a" else named[like].shape[-1], given.top_k
+    floating = {like: told} | {name: t for name, t in named.items() if name not in INDICES}
     projection = {name: named[name] for name in ("x", "gate_weight", "gate_bias") if name in named}
     problem = kind_problem(floating, given.dtype) or (one_dtype_problem(projection) if projection else None)
     if problem is not None:
@@ -76,21 +89,27 @@ def moe_combine_problem(given: Arguments) -> str | None:
         if name in named and named[name].dtype not in allowed:
             return f"{name} is {named[name].dtype}, allowed: {' or '.join(map(str, allowed))}"
     for name, tensor in named.items():
-        if tensor.device != b.device:
-            return f"{name} is on {tensor.device}, allowed: {b.device} as b"
+        if tensor.device != told.device:
+            return f"{name} is on {tensor.device}, allowed: {told.device} as {like}"
     if known_outside(h, 1, MOST_COLUMNS):
-        return f"b has {h} columns, allowed: 1 to {MOST_COLUMNS}"
+        return f"{like} has {h} columns, allowed: 1 to {MOST_COLUMNS}"
     if not 0 <= top_k <= MOST_TOP_K or (top_k > 0) != ("topk_weights" in named):
         return f"top_k is {top_k}, allowed: 1 to {MOST_TOP_K} with topk_weights, 0 without"
     if ("inverse" in named or "masked" in named or given.permuted) and not top_k:
         return "inverse, masked or permuted is given and top_k is 0, allowed: with topk_weights"
     if given.permuted and "inverse" not in named:
         return "permuted is True, allowed: with inverse"
-    if ("gate" in named) == ("x" in named) or ("x" in named) != ("gate_weight" in named):
-        return "allowed: either gate, or x and gate_weight"
+    if ("gate" in named and "x" in named) or ("x" in named) != ("gate_weight" in named):
+        return "allowed: either gate, or x and gate_weight, or none of them"
+    if given.gated and "b" not in named:
+        return "a gate is given without b, which it gates"
     if "gate_bias" in named and "x" not in named:
         return "gate_bias is given without x"
-    rows = prod(b.shape[:-1])
+    rows = prod(told.shape[:-1])
+    if like == "a" and top_k:
+        if known_to_differ(rows % top_k, 0):
+            return f"a is {listed(told.shape)}, allowed: a number of rows that top_k, {top_k}, divides"
+        rows = rows // top_k
     slots = rows * top_k
     sizes = {
         "a": slots * h if top_k else rows * h,
@@ -104,14 +123,14 @@ def moe_combine_problem(given: Arguments) -> str | None:
     }
     for name, size in sizes.items():
         if name in named and known_to_differ(named[name].numel(), size):
-            return f"{name} is {listed(named[name].shape)}, allowed: {size} elements for b {listed(b.shape)}"
+            return f"{name} is {listed(named[name].shape)}, allowed: {size} elements for {like} {listed(told.shape)}"
     for name in ("a", "residual"):
         if name in named and known_to_differ(named[name].shape[-1], h):
-            return f"{name} is {listed(named[name].shape)}, allowed: {h} columns as b"
+            return f"{name} is {listed(named[name].shape)}, allowed: {h} columns as {like}"
     if "x" in named:
         x, weight = named["x"], named["gate_weight"]
         if known_to_differ(prod(x.shape[:-1]), rows):
-            return f"x is {listed(x.shape)}, allowed: as many rows as b, which is {listed(b.shape)}"
+            return f"x is {listed(x.shape)}, allowed: as many rows as b, which is {listed(told.shape)}"
         k = x.shape[-1]
         if all(shapes_differ(weight.shape, allowed) for allowed in ((1, k), (k, 1), (k,))):
             return f"gate_weight is {listed(weight.shape)}, allowed: [1, {k}], [{k}, 1] or [{k}]"
@@ -129,22 +148,22 @@ def check_moe_combine(given: Arguments) -> None:
 def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """The sum and the normed sum in differentiable ops, computed in `compute` and rounded once; the truth in float64,
     which is rounded not at all."""
-    h, final = given.b.shape[-1], compute
+    h, final = given.a.shape[-1], compute
     if compute == torch.float32:
         final = given.result_dtype()
-    shape = given.shaped().shape
-    b = given.b.reshape(-1, h).to(compute)
+    shape = given.shape()
     routed = given.a.reshape(-1, h).to(compute)
     if given.top_k:
         weights = given.topk_weights.reshape(-1, 1).to(compute)
         routed = weighted_sum(routed, weights, given)
-    if given.x is None:
-        gate = given.gate
+    total = scaled(routed, given.routed_scale)
+    if given.b is not None:
+        shared = given.b.reshape(-1, h).to(compute)
+        if given.gated:
+            shared = torch.sigmoid(logit_of(given, compute)) * shared
+        total = scaled(total + shared, given.scale)
     else:
-        x = given.x.reshape(b.shape[0], given.x.shape[-1])
-        bias = None if given.gate_bias is None else given.gate_bias.reshape(1).to(compute)
-        gate = linear(x.to(compute), given.gate_weight.reshape(1, -1).to(compute), bias)
-    total = routed + torch.sigmoid(gate.reshape(-1, 1).to(compute)) * b
+        total = scaled(total, given.scale)
     if given.residual is not None:
         total = total + given.residual.reshape(-1, h).to(compute)
     if given.eps is None:
@@ -154,6 +173,19 @@ def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.flo
         normed = normed * (given.norm_weight.to(compute) + given.offset)
     # Eager may hand on the very memory of a view; the op's results are always their own.
     return tuple(result.to(final).reshape(shape).contiguous() for result in (total, normed))
+
+
+def scaled(rows: Tensor, factor: float) -> Tensor:
+    return rows if factor == 1.0 else rows * factor
+
+
+def logit_of(given: Arguments, compute: torch.dtype) -> Tensor:
+    """The gate logit of each row, [rows, 1]."""
+    if given.x is None:
+        return given.gate.reshape(-1, 1).to(compute)
+    x = given.x.reshape(prod(given.x.shape[:-1]), given.x.shape[-1])
+    bias = None if given.gate_bias is None else given.gate_bias.reshape(1).to(compute)
+    return linear(x.to(compute), given.gate_weight.reshape(1, -1).to(compute), bias).reshape(-1, 1)
 
 
 def weighted_sum(y: Tensor, weights: Tensor, given: Arguments) -> Tensor:
@@ -181,15 +213,22 @@ def moe_combine_steps(given: Arguments, *, projected: Projected, gated: Gated, n
     For where autograd records, since no more is then saved than by these nodes, and for autocast, whose rules go by node.
     projected, gated, norm: how the three steps that differ are computed.
     """
-    h, shape = given.b.shape[-1], given.shaped().shape
-    b, routed = given.b.reshape(-1, h), given.a.reshape(-1, h)
+    h, shape = given.a.shape[-1], given.shape()
+    routed = given.a.reshape(-1, h)
+    b = None if given.b is None else given.b.reshape(-1, h)
     if given.top_k:
         routed = weighted_sum(routed, given.topk_weights.reshape(-1, 1), given)
-    if given.x is None:
-        total = gated(routed, given.gate.reshape(-1, 1), b)
-    else:
+    routed = scaled(routed, given.routed_scale)
+    if b is None:
+        total = routed
+    elif given.x is not None:
         x = given.x.reshape(b.shape[0], given.x.shape[-1])
         total = projected(x, given.gate_weight, given.gate_bias, routed, b)
+    elif given.gate is not None:
+        total = gated(routed, given.gate.reshape(-1, 1), b)
+    else:
+        total = routed + b
+    total = scaled(total, given.scale)
     if given.residual is not None:
         total = total + given.residual.reshape(-1, h)
     total = (total if given.dtype is None else total.to(given.dtype)).reshape(shape).contiguous()

@@ -117,6 +117,7 @@ FUNCTIONS |= {
     aten.glu.default: "glu",
 }
 EINSUMS = (torch.einsum, torch.functional.einsum, aten.einsum.default)
+FUNCTIONS |= dict.fromkeys(EINSUMS, "einsum")  # see `Vocabulary.einsum`
 METHODS: dict[str, str] = {
     "add": "add",
     "__add__": "add",

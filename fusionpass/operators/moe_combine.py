@@ -1,6 +1,7 @@
 """fusionpass::moe_combine: the combine region of a sparse layer, (sum, normed)
 
-sum    = residual + routed + sigmoid(gate) * b         routed = a, or sum_k topk_weights[t, k] * a[inverse[t, k]]
+sum    = residual + scale * (routed_scale * routed + sigmoid(gate) * b)
+routed = a, or sum_k topk_weights[t, k] * a[inverse[t, k]]; without a gate b is added as it is, if there is a b
 normed = rms_norm(sum)                                 gate as it is given, or x . gate_weight + gate_bias
 """
 
@@ -44,8 +45,8 @@ def run(*args, **options) -> tuple[Tensor, Tensor]:
 def fake(*args, **options) -> tuple[Tensor, Tensor]:
     given = Arguments(*args, **options)
     aten.check_moe_combine(given)
-    shape, dtype = given.shaped().shape, given.result_dtype()
-    return given.b.new_empty(shape, dtype=dtype), given.b.new_empty((0,) if given.eps is None else shape, dtype=dtype)
+    shape, dtype = given.shape(), given.result_dtype()
+    return given.a.new_empty(shape, dtype=dtype), given.a.new_empty((0,) if given.eps is None else shape, dtype=dtype)
 
 
 def direct(*args, **options) -> tuple[Tensor, Tensor]:

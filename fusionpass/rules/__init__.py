@@ -22,7 +22,7 @@ from fusionpass.graph.nodes import readers
 from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
-from fusionpass.rules import gated_add
+from fusionpass.rules import finalize, gated_add
 from fusionpass.rules.guards import CODES, GUARDS
 from fusionpass.rules.moving import movable, site_movable
 from fusionpass.rules.replacement import Op
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 # Where two could take the same nodes, the earlier one does.
-RULES: tuple[Rule, ...] = (gated_add.RULE,)
+RULES: tuple[Rule, ...] = (gated_add.RULE, finalize.RULE)
 
 
 class Chosen(NamedTuple):

@@ -61,11 +61,9 @@ def combinable(site: Site) -> Refusal | None:
             listed(site.seen("gate")),
             shape_text(total),
         )
-    columns = fixed(total.shape[-1])
-    if columns is None:
-        return Refusal("hidden-size", "a has {} columns, which no trace fixes", total.shape[-1])
-    if not 1 <= columns <= MOST_COLUMNS:
-        return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
+    refusal = hidden_size(site)
+    if refusal is not None:
+        return refusal
     if torch.is_grad_enabled():
         for node in (operand for part in reversed(site.parts) for operand in part.all_input_nodes):
             value = tensor_of(node)
@@ -75,6 +73,17 @@ def combinable(site: Site) -> Refusal | None:
                     "{} requires gradients, and this stage has no backward: run under torch.no_grad() to let it join",
                     node,
                 )
+    return None
+
+
+def hidden_size(site: Site) -> Refusal | None:
+    """A program computes a whole row, whose number of columns the kernel is compiled for."""
+    total = tensor_of(site.anchor)
+    columns = fixed(total.shape[-1])
+    if columns is None:
+        return Refusal("hidden-size", "a has {} columns, which no trace fixes", total.shape[-1])
+    if not 1 <= columns <= MOST_COLUMNS:
+        return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     return None
 
 
@@ -102,10 +111,10 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
     return None
 
 
-def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
+def kinds(total: Node, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
     """The (name, tensor) pairs must be plain and on the sum's device. The op computes in float32, so the `floats` may be of
     any dtype that it takes; the `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
-    total = tensor_of(site.anchor)
+    device = tensor_of(total).device
     for group, dtypes in ((floats, DTYPES), (whole, None)):
         for name, tensor in group:
             if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
@@ -114,8 +123,8 @@ def kinds(site: Site, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
                 return Refusal(
                     "dtype", "{} is {}: allowed are bfloat16, float16, float32", name, dtype_text(tensor.dtype)
                 )
-            if tensor.device != total.device:
-                return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, total.device)
+            if tensor.device != device:
+                return Refusal("device", "{} is on {}, the sum on {}", name, tensor.device, device)
             if tensor.requires_grad and torch.is_grad_enabled():
                 return Refusal(
                     "needs-grad",

@@ -86,7 +86,7 @@ def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, eff
     if weight is not None:
         if not same_sizes(weight.shape, total.shape[-1:]):
             return Refusal("shape", "the norm's weight is {}, the sum {}", shape_text(weight), shape_text(total))
-        refusal = common.kinds(site, [("the norm's weight", weight)])
+        refusal = common.kinds(site.anchor, [("the norm's weight", weight)])
     if _writes_into(norm.weight, None, words):
         return Refusal("mutation-between", "{} writes the norm's weight after {}", norm.weight, site.at)
     if isinstance(norm.weight, Node) and effects.position.get(norm.weight, -1) > effects.position[site.at]:

@@ -1,0 +1,128 @@
+"""The rule out = sum_k weights[t, k] * y[inverse[t, k]], the end of a sparse layer without a gate, and what it grows over.
+
+It is a routed sum only where the weights come from a top-k, or rows through an inverse permutation. Recurrences of linear
+attention are weighted sums too (`state + (v * k.unsqueeze(-1)).sum(-2)`), and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from torch.fx import Node
+
+from fusionpass.graph.effects import Effects
+from fusionpass.graph.identity import torch_name
+from fusionpass.graph.nodes import gather_of, is_cast, is_reshape, is_view, pointwise_or_reduction, readers
+from fusionpass.graph.refusal import Refusal
+from fusionpass.graph.tensors import known_equal, tensor_of
+from fusionpass.graph.vocabulary import Vocabulary
+from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
+from fusionpass.private import OpOverload
+from fusionpass.rules import guards
+from fusionpass.rules.cost import saved_finalize
+from fusionpass.rules.rule import Reading, Rule
+from fusionpass.rules.site import Site
+from fusionpass.rules.stages import common, residual, rms_norm, shared_add
+from fusionpass.rules.weighted_sum import WeightedSum, fitted, weighted_sum, with_wide_weights
+
+CODES = guards.CODES | {
+    "top-k": "the number of terms is not a fixed number within the limit",
+    "hidden-size": common.CODES["hidden-size"],
+    "shape": "y, weights or inverse do not have the shape that the formula needs, or are not known to",
+    "dtype": common.CODES["dtype"],
+}
+# How far a router's weights may be from their top-k: scores, gather, renormalise, scale, casts and views in between.
+REACH = 32
+
+
+def find(words: Vocabulary, total: Node) -> Iterator[Reading]:
+    found = weighted_sum(total, words)
+    if isinstance(found, Refusal) or not is_routed(found) or _taken_over(total):
+        return
+    checked = fitted(found, total, total)
+    if isinstance(checked, Refusal):
+        yield _site(found, total), checked
+        return
+    wide = with_wide_weights(checked, total)
+    if wide is not None:
+        yield _site(wide, total), None
+    yield _site(checked, total), None
+
+
+def _site(found: WeightedSum, total: Node) -> Site:
+    numbers = {"top_k": found.top_k, "permuted": found.permuted}
+    return Site(anchor=total, operands=found.operands(), parts=found.parts, numbers=numbers)
+
+
+def is_routed(found: WeightedSum) -> bool:
+    """Whether the weights are those of a router's choice: rows come through an inverse permutation, or a top-k made them."""
+    return found.inverse is not None or _from_top_k(found.weights)
+
+
+def _from_top_k(weights: Node) -> bool:
+    """Whether a top-k stands behind them, with nothing in between but what a router does to as many numbers.
+
+    The hidden state that a router reads comes from top-ks too, those of the layers before. But a matrix product stands in
+    front of it.
+    """
+    count = tensor_of(weights).numel() if tensor_of(weights) is not None else None
+    seen, to_see = set(), [weights]
+    while to_see and len(seen) < REACH:
+        node = to_see.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if torch_name(node) == "topk":
+            return True
+        value = tensor_of(node)
+        if value is not None and not known_equal(value.numel(), count):
+            continue
+        if node is weights or _routers(node):
+            to_see += node.all_input_nodes
+    return False
+
+
+def _routers(node: Node) -> bool:
+    """Whether a router may do so with its weights: not a product with a matrix, say."""
+    name = torch_name(node)
+    if is_view(node) or is_cast(node) or gather_of(node) is not None or name in ("getitem", "gather", "take_along_dim"):
+        return True
+    return pointwise_or_reduction(name)
+
+
+def _taken_over(total: Node) -> bool:
+    """Whether one of our ops reads it: another rule's site, which has said why it does not compute it."""
+    node = total
+    while True:
+        found = readers(node)
+        if any(isinstance(each.target, OpOverload) and each.target.namespace == "fusionpass" for each in found):
+            return True
+        if len(found) != 1 or not (is_reshape(found[0]) or is_cast(found[0])):
+            return False
+        node = found[0]
+
+
+def hidden_size(site: Site, effects: Effects) -> Refusal | None:
+    return common.hidden_size(site)
+
+
+RULE = Rule(
+    name="finalize",
+    formula="(weights[..., None] * y[inverse].view(*weights.shape, -1)).sum(-2)",
+    needs=(
+        "weights that come from a top-k, or rows that come through an inverse permutation",
+        "a sum over the last dim but one of a product with one weight per row",
+        "views that keep the rows' order, and at most one gather of rows, in between",
+        f"at most {MOST_TOP_K} terms and {MOST_COLUMNS} columns",
+        "no gated add that takes it",
+    ),
+    codes=CODES,
+    op=replace(common.MOE_COMBINE, contiguous=False),  # the shape of the sum is asked of the op: nothing else fixes it
+    anchors=("sum", "einsum"),
+    find=find,
+    guards=(*guards.GUARDS[:1], guards.device_has_kernels, hidden_size, *guards.GUARDS[1:]),
+    stages=(shared_add.STAGE, residual.STAGE, rms_norm.STAGE),
+    saves=saved_finalize,
+    absent="no weighted sum over the experts that a top-k chose",
+)
