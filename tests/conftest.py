@@ -4,6 +4,7 @@ import dataclasses
 import os
 import types
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,8 @@ import hypothesis
 import pytest
 
 PROGRAMS = 80
+# A failed assert in a helper shows its values, as in a test.
+pytest.register_assert_rewrite("trap_checks", *(path.stem for path in Path(__file__).parent.glob("*_helpers.py")))
 
 
 def pytest_addoption(parser):

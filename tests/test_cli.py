@@ -1,103 +1,19 @@
-"""The command: reports on standard output, one line and exit code 2 for bad input, expectations as exit codes."""
+"""The command: reports on standard output, expectations as exit codes, help, `--verify`."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-import time
 
+import cli_helpers
 import pytest
 import torch
+from cli_helpers import CODE
 
-from fusionpass.cli import main
-from fusionpass.cli import progress as cli_progress
 from fusionpass.rules import catalog
 
-CODE = """
-import sys, torch
-print("a print of the user's file")
-
-class Combine(torch.nn.Module):
-    def forward(self, a, g, b):
-        return a + torch.sigmoid(g) * b
-
-class Kept(torch.nn.Module):
-    def forward(self, a, g, b):
-        product = torch.sigmoid(g) * b
-        return a + product, product
-
-class Plain(torch.nn.Module):
-    def forward(self, a, g, b):
-        return a * b
-
-class Fails(torch.nn.Module):
-    def forward(self, a, g, b):
-        return a.view(7, 7, 7)
-
-class Raises(torch.nn.Module):
-    def forward(self, a, g, b):
-        raise OSError("first line\\nsecond line")
-
-class Interrupted(torch.nn.Module):
-    def __init__(self):
-        raise KeyboardInterrupt
-
-class Layers(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = torch.nn.ModuleList(Broken() for _ in range(5))
-
-    def forward(self, a, g, b):
-        for layer in self.layers:
-            a = layer(a, g, b)
-        return a
-
-class Broken(torch.nn.Module):
-    def forward(self, a, g, b):
-        torch._dynamo.graph_break()
-        return a + torch.sigmoid(g) * b
-
-example_inputs = (torch.ones(4, 8), torch.ones(4, 1), torch.ones(4, 8))
-"""
-
-
-@pytest.fixture
-def code(tmp_path, monkeypatch):
-    path = tmp_path / "sample.py"
-    path.write_text(CODE)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield str(path)
-    sys.modules.pop("sample", None)
-
-
-@pytest.fixture
-def run(capsys):
-    """`run(*words)` gives exit code, standard output and standard error of the command."""
-
-    def call(*words):
-        status = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """`refused(*words)` gives the one line of standard error that goes with exit code 2."""
-
-    def call(*words):
-        status, out, err = run(*words)
-        assert (status, out) == (2, "")
-        assert err.count("\n") == 1 and err.endswith("\n")
-        assert "Traceback" not in err
-        return err
-
-    return call
-
-
-# Reports
+code = cli_helpers.code
+run = cli_helpers.run
 
 
 def test_report_on_a_model_type(run):
@@ -205,8 +121,6 @@ def test_options_reach_the_pass(run, code):
     assert site["dtype"] == "bfloat16"
 
 
-# Expectations
-
 EXPECTATIONS = {
     "met": ("Combine", ["--expect", "1"], 0, ""),
     "zero met": ("Plain", ["--expect", "0"], 0, ""),
@@ -234,103 +148,6 @@ def test_expectations(run, code, name, words, expected, line):
     assert line in err
 
 
-# Bad input: exit code 2 and one line
-
-BAD = {
-    "nothing": ([], "see fusionpass --help"),
-    "unknown command": (["repport"], "'repport'"),
-    "no target": (["report"], "TARGET"),
-    "unknown option": (["report", "x", "--layer", "2"], "--layer"),
-    "layers": (["report", "x", "--layers", "two"], "'two' is not a whole number from 1 up"),
-    "expect": (["report", "x", "--expect", "-1"], "--expect"),
-    "format": (["report", "x", "--format", "yaml"], "'yaml'"),
-    "dtype": (["report", "x", "--dtype", "int8"], "'int8'"),
-    "numerics": (["report", "x", "--numerics", "exact"], "'exact'"),
-    "inner": (["report", "x", "--inner", "nope"], "option 'inner' is 'nope'"),
-    "rules": (["report", "x", "--rules", "gated_ad"], "option 'rules' names 'gated_ad'"),
-    "core left out": (["report", "x", "--rules", "gate_projection"], "without 'gated_add'"),
-    "no folder for -o": (["report", "x", "-o", "no/such/folder/r.md"], "there is no folder 'no/such/folder'"),
-    "-o is a folder": (["report", "x", "-o", "."], "it is a folder"),
-    "missing file": (["report", "no_such.py:Block"], "no file 'no_such.py'"),
-    "missing module": (["report", "no_such_module:Block"], "no module 'no_such_module'"),
-    "missing archive": (["report", "no_such.pt2"], "no archive 'no_such.pt2'"),
-    "no module": (["report", "math:pi"], "'math:pi' is of type float"),
-    "no folder": (["report", "./no/such"], "'./no/such'"),
-    "bad input": (["report", "math:sqrt", "--input", "bf16"], "'bf16'"),
-}
-
-
-@pytest.mark.parametrize("words, expected", BAD.values(), ids=BAD)
-def test_bad_input(refused, words, expected):
-    assert expected in refused(*words)
-
-
-HUGGING_FACE_BAD = {
-    "unknown type": (["report", "qwen3_nxt"], "qwen3_next"),
-    "incomplete default": (["report", "dots1"], "could not be built"),
-    "meta has no values": (["report", "longcat_flash", "--layers", "2"], "try --device cpu --layers 2"),
-    "too many layers": (["report", "qwen2_moe", "--layers", "99"], "--layers 99"),
-    "input": (["report", "qwen2_moe", "--input", "i64[1,4]"], "--input has no effect"),
-}
-
-
-@pytest.mark.parametrize("words, expected", HUGGING_FACE_BAD.values(), ids=HUGGING_FACE_BAD)
-def test_bad_hugging_face_input(refused, words, expected):
-    pytest.importorskip("transformers")
-    assert expected in refused(*words)
-
-
-def test_broken_config(refused, tmp_path):
-    pytest.importorskip("transformers")
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    assert "could not be read as JSON" in refused("report", tmp_path)
-
-
-def test_broken_archive(refused, tmp_path):
-    path = tmp_path / "broken.pt2"
-    path.write_bytes(b"no archive")
-    assert "torch.export.save" in refused("report", path)
-
-
-def test_transformers_missing(refused, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert 'pip install "fusionpass[hf]"' in refused("report", "qwen3_next")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_cuda_without_a_gpu(refused):
-    assert "no CUDA GPU" in refused("report", "math:sqrt", "--device", "cuda", "--input", "fp32[2]")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(refused, tmp_path):
-    tmp_path.chmod(0o500)
-    assert "permission denied" in refused("report", "x", "-o", tmp_path / "r.md")
-
-
-CANNOT_BE_CAPTURED = {"Fails": "sample.py:", "Raises": "OSError: first line"}
-
-
-@pytest.mark.parametrize("name, words", CANNOT_BE_CAPTURED.items(), ids=CANNOT_BE_CAPTURED)
-def test_a_model_that_cannot_be_captured(run, code, monkeypatch, name, words):
-    status, out, err = run("report", f"{code}:{name}")
-    line = err.splitlines()[-1]
-    assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 2 and "Traceback" not in err  # the file's print, then the line
-    assert f":{name}' cannot be captured: " in line and words in line and "FUSIONPASS_TRACEBACK=1" in line
-    monkeypatch.setenv("FUSIONPASS_TRACEBACK", "1")
-    status, _, err = run("report", f"{code}:{name}")
-    assert status == 2 and "Traceback (most recent call last)" in err
-
-
-def test_keyboard_interrupt_is_quiet(run, code):
-    status, out, err = run("report", f"{code}:Interrupted")
-    assert (status, out, err) == (130, "", "a print of the user's file\n")
-
-
-# Help and rules
-
-
 @pytest.mark.parametrize("words", [["--help"], ["report", "--help"], ["rules", "--help"]], ids=" ".join)
 def test_help_teaches(run, words):
     status, out, _ = run(*words)
@@ -355,46 +172,6 @@ def test_rules_names_every_rule_and_code(run):
             assert all(code in text for code in rule.codes)
     assert [rule["name"] for rule in json.loads(texts["json"])["rules"]] == [rule.name for rule in catalog()]
     assert max(map(len, texts["table"].splitlines())) <= 120
-
-
-# Progress
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def hasty(monkeypatch):
-    monkeypatch.setattr(cli_progress, "PERIOD_S", 0.01)
-    monkeypatch.setattr(cli_progress, "PATIENCE_S", 0.0)
-
-
-def test_progress_on_a_terminal_is_erased_at_the_end(hasty):
-    stream = Terminal()
-    with cli_progress.Progress(stream) as progress:
-        progress.stage("building qwen3_next")
-        time.sleep(0.1)
-        progress.stage("capturing")
-        time.sleep(0.1)
-    text = stream.getvalue()
-    assert "building qwen3_next ... 0 s" in text and "capturing" in text
-    assert "\n" not in text
-    longest = max(map(len, text.split("\r")))
-    assert text.split("\r")[-2].isspace() and text.endswith("\r")
-    assert len(text.split("\r")[-2]) <= longest
-
-
-def test_no_progress_without_a_terminal(hasty):
-    stream = io.StringIO()
-    with cli_progress.Progress(stream) as progress:
-        progress.stage("building")
-        time.sleep(0.05)
-    assert stream.getvalue() == ""
-
-
-# In a process of its own
 
 
 def command(*words, **more):
@@ -428,9 +205,6 @@ def test_a_reader_that_stops_early_is_no_error():
     done = subprocess.run(words, **{**more, "capture_output": False, "stdout": writing, "stderr": subprocess.PIPE})
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-# --verify
 
 
 def test_verify_says_what_it_held(run, code):

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ops_helpers import record_launches
-from test_traps import BF16, H, S, T, Trap, Untraceable, built, check, copied, formula, of, outcome, rows, seen
+from trap_checks import Refused, Rewritten, Trap, Untraceable, check, copied, outcome, rows, seen
+from trap_programs import BF16, H, S, T, built, formula, of
 
 import fusionpass
 from fusionpass.entry.backend import fusionpass as backend
@@ -118,13 +119,15 @@ def reduced_before(a, b, g):
     return a + S(g) * b
 
 
-NO_COLLECTIVE = {"symbolic_trace": Untraceable(RuntimeError)}
 COLLECTIVES = [
-    Trap(59, "b reduced in between", reduced_between, "mutation-between", on_cpu, NO_COLLECTIVE),
-    Trap(59, "b reduced before", reduced_before, 1, on_cpu, NO_COLLECTIVE),
-    Trap(59, "a copy reduced in between", lambda a, b, g: ((m := S(g) * b), all_reduce(b), a + m)[1:], 1, on_cpu),
-    Trap(59, "the sum reduced", lambda a, b, g: all_reduce(a + S(g) * b), 1, on_cpu),
-]
+    Trap(59, "b reduced in between", reduced_between, Refused("mutation-between"), inputs=on_cpu,
+         symbolic_trace=Untraceable(RuntimeError)),
+    Trap(59, "b reduced before", reduced_before, Rewritten(1), inputs=on_cpu,
+         symbolic_trace=Untraceable(RuntimeError)),
+    Trap(59, "a copy reduced in between", lambda a, b, g: ((m := S(g) * b), all_reduce(b), a + m)[1:], Rewritten(1),
+         inputs=on_cpu),
+    Trap(59, "the sum reduced", lambda a, b, g: all_reduce(a + S(g) * b), Rewritten(1), inputs=on_cpu),
+]  # fmt: skip
 
 
 @pytest.fixture

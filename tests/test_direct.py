@@ -1,28 +1,23 @@
-"""The ops as plain functions: which calls do without the dispatcher, that they compute the op's bits, and who uses them."""
+"""The ops as plain functions: which calls do without the dispatcher, that they compute the op's bits, and refuse alike."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import direct_helpers
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from direct_helpers import DIRECT, OPS, assert_same_bits, targets_of
 from ops_helpers import DEVICE, DTYPES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fusionpass
-import fusionpass.entry.backend
-from fusionpass.operators import functions, gate_projected_add, gated_add, implementations
+from fusionpass.operators import implementations
 
-OPS = {
-    "gated_add": torch.ops.fusionpass.gated_add.default,
-    "gate_projected_add": torch.ops.fusionpass.gate_projected_add.default,
-}
-DECLARED = {"gated_add": gated_add.OP, "gate_projected_add": gate_projected_add.OP}
-DIRECT = {name: op.direct for name, op in DECLARED.items()}
+through_op = direct_helpers.through_op
+
 SHAPES = {"gated_add": [(4, 8), (4, 1), (4, 8)], "gate_projected_add": [(4, 6), (1, 6), (1,), (4, 8), (4, 8)]}
 both = pytest.mark.parametrize("name", OPS)
 
@@ -30,24 +25,6 @@ both = pytest.mark.parametrize("name", OPS)
 def operands(name, dtype=torch.float32, seed=0, lead=()):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn((*lead, *shape), generator=generator).to(DEVICE, dtype) for shape in SHAPES[name]]
-
-
-@pytest.fixture
-def through_op(monkeypatch):
-    """The calls that went on to the ops: their names."""
-    calls = []
-
-    class Counting:
-        def __init__(self, name):
-            self.name, self.redispatch = name, OPS[name].redispatch
-
-        def __call__(self, *args, **kwargs):
-            calls.append(self.name)
-            return OPS[self.name](*args, **kwargs)
-
-    for name, op in DECLARED.items():
-        monkeypatch.setattr(op, "overload", Counting(name))
-    return calls
 
 
 class PassingDispatch(TorchDispatchMode):
@@ -159,10 +136,6 @@ def jvp(function, tensors):
     return torch.func.jvp(lambda b: function(*tensors[:-1], b), (tensors[-1],), (tensors[-1].cos(),))
 
 
-def targets_of(graph):
-    return [node.target for node in graph.nodes if node.op == "call_function"]
-
-
 def in_make_fx(function, tensors):
     graph = make_fx(lambda *t: function(*t))(*tensors)
     assert set(targets_of(graph.graph)) & set(OPS.values())
@@ -212,14 +185,6 @@ SITUATIONS = {
     "make_fx": Situation(in_make_fx, False),
     "torch.jit.trace": Situation(traced_by_jit, False),
 }
-
-
-def assert_same_bits(got, expected):
-    got, expected = ((t,) if isinstance(t, torch.Tensor) else tuple(t) for t in (got, expected))
-    assert len(got) == len(expected)
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.dtype == theirs.dtype and mine.stride() == theirs.stride()
-        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:.*torch.jit.*:DeprecationWarning")
@@ -318,117 +283,6 @@ def test_numerics_refused_in_the_same_words():
             function(*tensors, numerics="fast")
         told.append(str(caught.value))
     assert told[0] == told[1]
-
-
-# Who uses them: graphs that Python runs, and no others.
-
-
-class Block(torch.nn.Module):
-    """One site of each op."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = torch.nn.Linear(8, 1)
-
-    def forward(self, x, logits):
-        y = x + torch.sigmoid(self.gate(x)) * x.tanh()
-        return y + torch.sigmoid(logits) * y.cos()
-
-
-class Checkpointed(Block):
-    def forward(self, x, logits):
-        return torch.utils.checkpoint.checkpoint(super().forward, x, logits, use_reentrant=False)
-
-
-def inputs(block=Block):
-    torch.manual_seed(0)
-    return block().to(DEVICE), (torch.randn(4, 8, device=DEVICE, requires_grad=True), torch.randn(4, 1, device=DEVICE))
-
-
-def all_targets(graph_module):
-    """Of the graph and its children."""
-    return [t for m in graph_module.modules() if isinstance(m, torch.fx.GraphModule) for t in targets_of(m.graph)]
-
-
-def compiled_graph(block, args, inner):
-    """The graph that the backend leaves to the inner compiler or to Python, and the compiled block's result."""
-    graphs = []
-
-    def backend(graph_module, example_inputs):
-        graphs.append(graph_module)
-        return fusionpass.entry.backend.fusionpass(graph_module, example_inputs, options={"inner": inner})
-
-    y = torch.compile(block, backend=backend, fullgraph=True)(*args)
-    (graph,) = graphs
-    return graph, y
-
-
-INNERS = {
-    "eager": ("eager", DIRECT),
-    "aot_eager": ("aot_eager", OPS),
-    "callable": (lambda graph_module, example_inputs: graph_module, OPS),
-}
-
-
-@pytest.mark.parametrize("block", [Block, Checkpointed])
-@pytest.mark.parametrize(("inner", "functions"), INNERS.values(), ids=INNERS)
-def test_backend(block, inner, functions):
-    module, args = inputs(block)
-    graph, y = compiled_graph(module, args, inner)
-    targets = [t for t in all_targets(graph) if t in OPS.values() or t in DIRECT.values()]
-    assert sorted(targets, key=str) == sorted(functions.values(), key=str)
-    assert torch.sigmoid not in all_targets(graph)
-    expected = module(*args)
-    torch.testing.assert_close(y, expected)
-    wanted = [args[0], *module.parameters()]
-    grads = (torch.autograd.grad(value.pow(2).sum(), wanted) for value in (y, expected))
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
-
-
-def test_a_direct_graph_is_a_graph():
-    """It can be copied, written out again and traced once more."""
-    module, args = inputs()
-    graph, y = compiled_graph(module, args, "eager")
-    example = [v.detach() if isinstance(v, torch.Tensor) else v for v in placeholders(graph, module, args)]
-    expected = graph(*example)
-    for other in (copy.deepcopy(graph), graph):
-        other.graph.lint()
-        other.recompile()
-        for got, want in zip(other(*example), expected, strict=True):
-            assert torch.equal(got, want)
-    assert torch.equal(expected[0], y)
-
-
-def placeholders(graph, module, args):
-    """Values of the graph's inputs, by the names that Dynamo gives them."""
-    known = {"weight": module.gate.weight, "bias": module.gate.bias, "logits": args[1], "l_x_": args[0]}
-    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    return [next(value for part, value in known.items() if part in name) for name in names]
-
-
-def test_the_backend_calls_past_the_dispatcher(through_op):
-    module, args = inputs()
-    graph, y = compiled_graph(module, args, "eager")
-    assert not through_op
-    torch.testing.assert_close(y, module(*args))
-
-
-@pytest.mark.parametrize("tracer", ["make_fx", "export"])
-def test_rewrite_keeps_the_ops(tracer):
-    module, args = inputs()
-    module.requires_grad_(False)
-    args = tuple(t.detach() for t in args)
-    graph = make_fx(module)(*args) if tracer == "make_fx" else torch.export.export(module, args)
-    rewritten = fusionpass.rewrite(graph).graph_module
-    targets = targets_of(rewritten.graph)
-    assert set(OPS.values()) <= set(targets) and not set(DIRECT.values()) & set(targets)
-
-
-def test_a_graph_without_a_site_is_left_alone():
-    graph = torch.fx.symbolic_trace(torch.nn.Tanh())
-    code = graph.code
-    functions.call_directly(graph)
-    assert graph.code == code
 
 
 def test_one_wrong_bit_is_seen():
