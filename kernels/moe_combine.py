@@ -1,6 +1,6 @@
 """moe_combine: the combine region of a sparse layer, each stage of it optional but the formula
 
-    sum    = residual + scale * (routed_scale * routed + sigmoid(logit) * b)
+    sum    = residual + post_norm(scale * (routed_scale * routed + sigmoid(logit) * b))
     routed = a, or sum_k weights[t, k] * y[inverse[t, k]]        without a gate b is added as it is, if there is a b
     normed = sum / sqrt(mean(sum ** 2) + eps) * (offset + norm_weight)        logit = gate, or x . gate_weight + bias
 
@@ -51,12 +51,13 @@ REGISTERS = 40
 
 @triton.jit
 def moe_combine_kernel(
-    A, WEIGHTS, INVERSE, MASKED, B, GATE, X, W, BIAS, RESIDUAL, NORM, SUM, NORMED,
+    A, WEIGHTS, INVERSE, MASKED, B, GATE, X, W, BIAS, RESIDUAL, NORM, POST, SUM, NORMED,
     a_row, a_col, weight_step, inverse_step, masked_step, b_row, b_col, gate_row, x_row, x_col, w_col, r_row, r_col,
-    norm_step, TOP_K: tl.constexpr, INDEXED: tl.constexpr, PERMUTED: tl.constexpr, HAS_MASK: tl.constexpr,
+    norm_step, post_step, TOP_K: tl.constexpr, INDEXED: tl.constexpr, PERMUTED: tl.constexpr, HAS_MASK: tl.constexpr,
     PROJECTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_B: tl.constexpr, GATED: tl.constexpr,
-    ROUTED_SCALE: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    ROUTED_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_POST: tl.constexpr, HAS_POST_WEIGHT: tl.constexpr,
+    POST_EPS: tl.constexpr, POST_OFFSET: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -93,6 +94,8 @@ def moe_combine_kernel(
         residual = tl.load(RESIDUAL + at + h * r_col, mask=mask, other=0.0)
     if HAS_NORM_WEIGHT:
         norm = tl.load(NORM + h * norm_step, mask=mask, other=0.0)
+    if HAS_POST_WEIGHT:
+        post = tl.load(POST + h * post_step, mask=mask, other=0.0)
     if TOP_K == 0:
         at = tl.multiple_of(row * a_row, VECTOR)
         y = unpacked(tl.load(A + at + h * a_col, mask=mask, other=0.0))
@@ -129,6 +132,10 @@ def moe_combine_kernel(
         y += unpacked(b)
     if SCALE != 1.0:
         y *= SCALE
+    if HAS_POST:  # masked lanes are 0
+        y *= tl.rsqrt(tl.sum(y * y) / H + POST_EPS)
+        if HAS_POST_WEIGHT:
+            y *= unpacked(post) + POST_OFFSET
     if HAS_RESIDUAL:
         y += unpacked(residual)
     to = tl.multiple_of(row * H, VECTOR) + h
@@ -153,10 +160,18 @@ OPERANDS = {
     "BIAS": "gate_bias",
     "RESIDUAL": "residual",
     "NORM": "norm_weight",
+    "POST": "post_norm_weight",
 }
 RESULTS = ("SUM", "NORMED")
 NAMES = tuple(OPERANDS.values())
-FLAT = ("topk_weights", "inverse", "masked", "gate", "norm_weight")  # one number per row, slot or column
+FLAT = (
+    "topk_weights",
+    "inverse",
+    "masked",
+    "gate",
+    "norm_weight",
+    "post_norm_weight",
+)  # one number per row, slot or column
 AS_THEY_ARE = ("gate_weight", "gate_bias")
 A_AT, B_AT = NAMES.index("a"), NAMES.index("b")
 operands_of = itemgetter(*map(Arguments._fields.index, NAMES))  # of the op's arguments, in the kernel's order
@@ -228,7 +243,8 @@ def numbers_of(
     most = FEW_WARPS if max(k, h) <= FEW_WARPS_UP_TO else MOST_WARPS
     warps = warps_for(max(k, h), COLUMNS_PER_WARP, most)
     # Offsets within a row; lanes past its end are masked, and their offsets still must not wrap around.
-    columns = [block_h * step(name, 1) for name in ("a", "b", "residual")] + [block_h * step("norm_weight")]
+    columns = [block_h * step(name, 1) for name in ("a", "b", "residual")]
+    columns += [block_h * step(name) for name in ("norm_weight", "post_norm_weight")]
     x_col = step("x", 1)
     wide = needs_int64(max(*columns, block_k * x_col, block_k * w_col) + k * max(x_col, w_col))
     starts = [t.stride(0) for name, t in rows.items() if t is not None and t.dim() == 2 and name not in AS_THEY_ARE]
@@ -249,6 +265,7 @@ def numbers_of(
         "r_row": step("residual"),
         "r_col": step("residual", 1),
         "norm_step": step("norm_weight"),
+        "post_step": step("post_norm_weight"),
         "TOP_K": given.top_k,
         "INDEXED": has("inverse"),
         "PERMUTED": given.permuted,
@@ -264,6 +281,10 @@ def numbers_of(
         "GATED": given.gated,
         "ROUTED_SCALE": given.routed_scale,
         "SCALE": given.scale,
+        "HAS_POST": given.post_eps is not None,
+        "HAS_POST_WEIGHT": has("post_norm_weight"),
+        "POST_EPS": given.post_eps or 0.0,
+        "POST_OFFSET": given.post_offset,
         "WIDE": wide,
         "PRECISE": given.result_dtype() == torch.float32,
         "INTERPRETED": INTERPRETED,

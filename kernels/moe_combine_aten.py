@@ -41,6 +41,7 @@ class Arguments(NamedTuple):
     masked: Tensor | None = None  # True for a term that counts as zero, in the order of `a`
     residual: Tensor | None = None
     norm_weight: Tensor | None = None
+    post_norm_weight: Tensor | None = None
     top_k: int = 0
     permuted: bool = False  # whether the weights are in the order of `a`, not of the rows
     eps: float | None = None  # None: there is no norm
@@ -48,6 +49,8 @@ class Arguments(NamedTuple):
     dtype: torch.dtype | None = None
     routed_scale: float = 1.0  # a factor of the routed sum
     scale: float = 1.0  # a factor of the routed sum and the shared expert together
+    post_eps: float | None = None  # of the norm before the residual is added; None: there is no such norm
+    post_offset: float = 0.0
 
     def shape(self) -> Sequence[int]:
         """The shape of the results."""
@@ -119,6 +122,7 @@ def moe_combine_problem(given: Arguments) -> str | None:
         "gate": rows,
         "residual": rows * h,
         "norm_weight": h,
+        "post_norm_weight": h,
         "gate_bias": 1,
     }
     for name, size in sizes.items():
@@ -136,6 +140,8 @@ def moe_combine_problem(given: Arguments) -> str | None:
             return f"gate_weight is {listed(weight.shape)}, allowed: [1, {k}], [{k}, 1] or [{k}]"
     if given.eps is None and "norm_weight" in named:
         return "norm_weight is given without eps"
+    if given.post_eps is None and "post_norm_weight" in named:
+        return "post_norm_weight is given without post_eps"
     return None
 
 
@@ -164,15 +170,21 @@ def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.flo
         total = scaled(total + shared, given.scale)
     else:
         total = scaled(total, given.scale)
+    if given.post_eps is not None:
+        total = rms_norm(total, given.post_norm_weight, given.post_eps, given.post_offset)
     if given.residual is not None:
         total = total + given.residual.reshape(-1, h).to(compute)
     if given.eps is None:
         return total.to(final).reshape(shape).contiguous(), total.new_empty(0, dtype=final)
-    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + given.eps)
-    if given.norm_weight is not None:
-        normed = normed * (given.norm_weight.to(compute) + given.offset)
+    normed = rms_norm(total, given.norm_weight, given.eps, given.offset)
     # Eager may hand on the very memory of a view; the op's results are always their own.
     return tuple(result.to(final).reshape(shape).contiguous() for result in (total, normed))
+
+
+def rms_norm(total: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
+    """In the dtype of the rows."""
+    normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
+    return normed if weight is None else normed * (weight.to(total.dtype) + offset)
 
 
 def scaled(rows: Tensor, factor: float) -> Tensor:
@@ -229,6 +241,8 @@ def moe_combine_steps(given: Arguments, *, projected: Projected, gated: Gated, n
     else:
         total = routed + b
     total = scaled(total, given.scale)
+    if given.post_eps is not None:
+        total = norm(total, given.post_norm_weight, given.post_eps, given.post_offset)
     if given.residual is not None:
         total = total + given.residual.reshape(-1, h)
     total = (total if given.dtype is None else total.to(given.dtype)).reshape(shape).contiguous()

@@ -1,6 +1,6 @@
 """fusionpass::moe_combine: the combine region of a sparse layer, (sum, normed)
 
-sum    = residual + scale * (routed_scale * routed + sigmoid(gate) * b)
+sum    = residual + post_norm(scale * (routed_scale * routed + sigmoid(gate) * b))
 routed = a, or sum_k topk_weights[t, k] * a[inverse[t, k]]; without a gate b is added as it is, if there is a b
 normed = rms_norm(sum)                                 gate as it is given, or x . gate_weight + gate_bias
 """

@@ -23,7 +23,7 @@ from fusionpass.rules import guards
 from fusionpass.rules.cost import saved_finalize
 from fusionpass.rules.rule import Reading, Rule
 from fusionpass.rules.site import Site
-from fusionpass.rules.stages import common, residual, rms_norm, shared_add
+from fusionpass.rules.stages import common, post_norm, residual, rms_norm, shared_add
 from fusionpass.rules.weighted_sum import WeightedSum, fitted, weighted_sum, with_wide_weights
 
 CODES = guards.CODES | {
@@ -122,7 +122,7 @@ RULE = Rule(
     anchors=("sum", "einsum"),
     find=find,
     guards=(*guards.GUARDS[:1], guards.device_has_kernels, hidden_size, *guards.GUARDS[1:]),
-    stages=(shared_add.STAGE, residual.STAGE, rms_norm.STAGE),
+    stages=(shared_add.STAGE, post_norm.STAGE, residual.STAGE, rms_norm.STAGE),
     saves=saved_finalize,
     absent="no weighted sum over the experts that a top-k chose",
 )

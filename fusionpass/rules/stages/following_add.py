@@ -100,6 +100,18 @@ def added(site: Site, following: Following, effects: Effects, name: str, code: s
     return Added(other, read, written, [*cast, *parts, add])
 
 
+def handed_on(node: Node) -> tuple[Node, list[Node]]:
+    """The node's value as its one reader in the end has it, behind views and a cast from float32, and these."""
+    parts: list[Node] = []
+    while len(readers(node)) == 1 and _hands_on(node, readers(node)[0]):
+        (reader,) = readers(node)
+        if tensor_of(reader).dtype is torch.float32 and tensor_of(node).dtype is not torch.float32:
+            break  # a norm's own
+        parts.append(reader)
+        node = reader
+    return node, parts
+
+
 def _hands_on(node: Node, reader: Node) -> bool:
     """Whether the reader gives the rows of the node on as they are: a view, a cast that does nothing, or one from or to
     float32, in which the op computes."""

@@ -1,43 +1,25 @@
 """normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight): the norm that the next layer begins with, a second result.
 
-    weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
-    (x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
-    rms_norm(out, (H,), weight, eps)                                                     torch's own
-
-The read of the sum moves to where the sum is made.
+Its spellings are in `fusionpass.rules.norms`. The read of the sum moves to where the sum is made.
 """
 
 from __future__ import annotations
-
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
 from fusionpass.graph.naming import describe
-from fusionpass.graph.nodes import is_cast, is_identity, readers
+from fusionpass.graph.nodes import readers
 from fusionpass.graph.refusal import Refusal
-from fusionpass.graph.tensors import known_contiguous, known_equal, same_sizes, settled, shape_text, tensor_of, value_of
+from fusionpass.graph.tensors import known_contiguous, same_sizes, shape_text, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
+from fusionpass.rules import norms
 from fusionpass.rules.moving import movable
+from fusionpass.rules.norms import Norm, norm_of
 from fusionpass.rules.rule import Stage
 from fusionpass.rules.site import Operand, Site
 from fusionpass.rules.stages import common
-
-
-@dataclass(frozen=True)
-class Norm:
-    """The RMSNorm that reads the sum: its nodes in the order of the data flow, `result` the last."""
-
-    weight: Node | str | None
-    eps: float
-    offset: float
-    result: Node
-    parts: list[Node]
-    weight_read: Node  # the first of its nodes that reads the weight
 
 
 def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
@@ -50,7 +32,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
         return Refusal("stride", "{} has strides {}", end, tuple(tensor_of(end).stride()))
     narrow = common.narrowed(end)
     kept = tensor_of(narrow or end).dtype
-    norm = _torch_norm(end, words) or _written_out(end, words, effects, kept)
+    norm = norm_of(end, kept, words, effects)
     writer = next((reader for reader in end.users if _writes_into(reader, end, words)), None)
     if norm is None and writer is not None:
         return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, end)
@@ -105,183 +87,6 @@ def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
     return meaning is not None and meaning.in_place and written in (None, meaning.operands[0])
 
 
-def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:
-    for user in end.users:
-        meaning = words.meaning(user)
-        if meaning is None or meaning.op != "rms_norm" or meaning.operands[0] is not end:
-            continue
-        if meaning.oddity is not None:
-            return meaning.oddity
-        _, shape, weight, eps = meaning.operands
-        total = tensor_of(end)
-        shape = settled(shape)
-        shape = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
-        if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
-            return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
-        # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
-        eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
-        if tensor_of(user) is not None:
-            return Norm(_movable(weight), eps, 0.0, user, [user], user)
-        result = [reader for reader in readers(user) if reader.target is operator.getitem and reader.args[1] == 0]
-        if result != readers(user) or len(result) != 1:
-            return Refusal("used-elsewhere", "{} has {} readers", user, len(readers(user)))
-        return Norm(_movable(weight), eps, 0.0, result[0], [user, *result], user)
-    return None
-
-
-def _written_out(end: Node, words: Vocabulary, effects: Effects, kept: torch.dtype) -> Norm | Refusal | None:
-    for casts in _float32_forms(end):
-        wide = casts[-1] if casts else end
-        for scaled in wide.users:
-            found = _scaled_by_rms(wide, scaled, words)
-            if found is None:
-                continue
-            eps, parts = found
-            norm = _weighted(end, casts, scaled, eps, parts, kept, words)
-            return norm if isinstance(norm, Refusal) else _overwrites_nothing(norm, words, effects) or norm
-    return None
-
-
-def _float32_forms(total: Node) -> Iterator[list[Node]]:
-    """The casts that lead from the sum to float32, through casts that do nothing; none where the sum is float32."""
-    if tensor_of(total).dtype is torch.float32:
-        yield []
-    for cast in total.users:
-        if not is_cast(cast) or cast.args[:1] != (total,) or tensor_of(cast) is None:  # other.type_as(sum)
-            continue
-        if tensor_of(cast).dtype is torch.float32:
-            yield [cast]
-        elif is_identity(cast):
-            yield from ([cast, *rest] for rest in _float32_forms(cast))
-
-
-def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, list[Node]] | None:
-    """(eps, nodes) when `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
-    product = words.operands(scaled, "mul")
-    if product is None or wide not in product:
-        return None
-    rsqrt = product[1] if product[0] is wide else product[0]
-    shifted = _shifted(_inside_rsqrt(rsqrt, words), words)
-    if shifted is None:
-        return None
-    mean, eps = shifted if tensor_of(shifted[0]) is not None else shifted[::-1]
-    eps = _number(eps)
-    if not isinstance(mean, Node) or eps is None or words.plain(mean, "mean") is None:
-        return None
-    square = words.plain(mean, "mean")[0]
-    if not isinstance(square, Node) or tensor_of(square) is None:
-        return None
-    if not words.reduces(mean, tensor_of(square).dim() - 1, keepdim=True) or not words.squares(square, wide):
-        return None
-    return eps, [square, mean, _inside_rsqrt(rsqrt, words), rsqrt, scaled]
-
-
-def _inside_rsqrt(node: object, words: Vocabulary) -> object:
-    """v of rsqrt(v), or of v ** -0.5."""
-    inverse = words.plain(node, "rsqrt")
-    if inverse is not None:
-        return inverse[0]
-    power = words.plain(node, "pow")
-    return power[0] if power is not None and settled(power[1]) == -0.5 else None
-
-
-def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refusal | None:
-    """`h.mul_(rsqrt)` may go only when nobody else reads h's memory afterwards."""
-    for node in norm.parts:
-        meaning = words.meaning(node)
-        if meaning is None or not meaning.in_place or not isinstance(meaning.operands[0], Node):
-            continue
-        reader = effects.other_reader(meaning.operands[0], node)
-        if reader is not None:
-            return Refusal("in-place", "{} writes into {}, which {} shows or reads", node, meaning.operands[0], reader)
-    return None
-
-
-def _number(eps: object) -> float | None:
-    """eps as a number. One that dynamic=True left open, an attribute of the norm, is fixed by a guard on it: the kernel is
-    compiled for it, as it is for the hidden size."""
-    value = value_of(eps) if isinstance(eps, Node) else eps
-    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
-
-
-def _shifted(node: object, words: Vocabulary) -> tuple | None:
-    """(mean, eps) of mean + eps, in place or not: nobody else reads the mean."""
-    meaning = words.meaning(node)
-    if (
-        meaning is None
-        or meaning.op not in ("add", "shift")
-        or meaning.oddity is not None
-        or len(meaning.operands) != 2
-    ):
-        return None
-    return meaning.operands
-
-
-def _weighted(
-    total: Node,
-    casts: list[Node],
-    scaled: Node,
-    eps: float,
-    parts: list[Node],
-    kept: torch.dtype,
-    words: Vocabulary,
-) -> Norm | Refusal:
-    """What follows the scaling: a weight, before or after the cast back to the dtype that is kept of the sum."""
-    norm = reached = Norm(None, eps, 0.0, scaled, [*casts, *parts], scaled)
-    while len(readers(reached.result)) == 1:
-        (reader,) = readers(reached.result)
-        weight, offset, made, read = reached.weight, reached.offset, [], reached.weight_read
-        if not (is_cast(reader) and reader.args[:1] == (reached.result,)):
-            product = words.operands(reader, "mul") or ()
-            factors = [factor for factor in product if factor is not reached.result]
-            factor = _weight(factors[0], words) if len(factors) == 1 and weight is None else None
-            if factor is None:
-                break
-            weight, offset, made = factor
-            read = made[0] if made else reader
-        if tensor_of(reader) is None or tensor_of(reader).dtype not in (torch.float32, kept):
-            break
-        reached = Norm(weight, eps, offset, reader, [*reached.parts, *made, reader], read)
-        if tensor_of(reader).dtype == kept or tensor_of(norm.result).dtype != kept:
-            norm = reached  # a later cast to float32, for a router say, is its reader's own
-    inside = set(norm.parts)
-    # A cast of a float32 sum to float32 is the sum itself, and stays for whoever else reads it.
-    private = [part for part in norm.parts if part is not norm.result and not (part in casts and is_identity(part))]
-    used = [other for part in private for other in readers(part) if other not in inside]
-    if used:
-        return Refusal("used-elsewhere", "the norm {} is read inside by {}", norm.result, used[0])
-    return norm
-
-
-def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[Node]] | None:
-    """(weight, offset, nodes that make the factor) of weight, weight.float() or 1 + weight.float()."""
-    made: list[Node] = []
-    offset = 0.0
-    shifted = words.plain(factor, "add")
-    if shifted is not None:
-        number, other = shifted if isinstance(shifted[0], (int, float)) else shifted[::-1]
-        if not isinstance(number, (int, float)) or not isinstance(other, Node):
-            return None
-        offset = float(number)
-        made.insert(0, factor)
-        factor = other
-    # What others read too, such as a weight cast once for all, stays where it is and is read as it is.
-    while (
-        isinstance(factor, Node) and is_cast(factor) and len(readers(factor)) == 1 and isinstance(factor.args[0], Node)
-    ):
-        made.insert(0, factor)
-        factor = factor.args[0]
-    value = tensor_of(factor)
-    if value is None or value.dim() != 1 or not isinstance(factor, Node):
-        return None
-    return _movable(factor), offset, made
-
-
-def _movable(weight: Node | str | None) -> Node | str | None:
-    """A parameter by its path: tracers put the node that gets it just before its use, and the op stands earlier."""
-    return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else weight
-
-
 STAGE = Stage(
     name="rms_norm",
     formula="normed = out * rsqrt(mean(out ** 2, -1, keepdim=True) + eps) * (offset + weight)",
@@ -290,14 +95,6 @@ STAGE = Stage(
         "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
         "the result in the sum's dtype; nothing in between with other readers",
     ),
-    codes=common.CODES
-    | {
-        "not-an-rms-norm": "no reader of the sum is an RMSNorm of its rows",
-        "used-elsewhere": "a node of the norm has other readers, so it must stay",
-        "module-hook": "the norm's module has hooks",
-        "module-forward": "the norm's module runs a forward that is not torch's own",
-        "in-place": "a node of the norm overwrites memory that others read",
-        "late-operand": "the norm's weight is computed after the sum",
-    },
+    codes=common.CODES | norms.CODES | {"late-operand": "the norm's weight is computed after the sum"},
     grow=grow,
 )
