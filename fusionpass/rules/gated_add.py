@@ -1,4 +1,4 @@
-"""The rule a + sigmoid(gate) * b: what it asks of its operands, what it grows over, what it becomes."""
+"""The rule a + sigmoid(gate) * b: what its operands must be, what it grows over, what it becomes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CODES = {
 
 
 def product_read_once(site: GatedSite, effects: Effects) -> Refusal | None:
-    """The sigmoid may have other readers, and then stays; the product may not, or it would be computed twice."""
+    """The sigmoid may have other readers, and stays then. The product may not, or it would be computed twice."""
     a = site.node("a")
     if a in site.handed_on:
         return Refusal("multi-use", "{} adds {} to itself", site.anchor, a)
@@ -91,7 +91,7 @@ def shapes_fit(site: GatedSite, effects: Effects) -> Refusal | None:
 
 
 def sigmoid_unwritten(site: GatedSite, effects: Effects) -> Refusal | None:
-    """The sigmoid may have other readers, and one of them may write into it; the product has none."""
+    """The sigmoid may have other readers, and one of them may write into it. The product has no other readers."""
     writer = effects.write_between(site.sigmoid, site.sigmoid, site.product)
     if writer is not None:
         text = "{} may write the sigmoid ({}) before {}"
@@ -100,7 +100,7 @@ def sigmoid_unwritten(site: GatedSite, effects: Effects) -> Refusal | None:
 
 
 def one_dtype(site: Site) -> Refusal | None:
-    """The op rounds as the nodes do where all are of one dtype."""
+    """The op rounds as the nodes do if all operands have one dtype."""
     dtypes = [tensor_of(node).dtype for _, node in (*guards.operands(site), ("the sum", site.anchor))]
     if len(set(dtypes)) > 1:
         return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))
