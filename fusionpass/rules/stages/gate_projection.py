@@ -2,8 +2,8 @@
 
     a + sigmoid(linear(x, weight, bias)) * b  ->  gate_projected_add(x, weight, bias, a, b)
 
-The logit is one number per row of a and b, and whatever lies between the projection and the sigmoid may only rename its
-leading dimensions: rows keep their order.
+The logit is one number per row of a and b. The nodes between the projection and the sigmoid may only change the shape of its
+leading dimensions, so that rows keep their order.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def grow(site: GatedSite, words: Vocabulary, effects: Effects) -> GatedSite | Re
 
 
 def _behind_reshapes(gate: Node) -> tuple[Node, list[Node]]:
-    """The node that computes the logit, and the reshapes and no-op casts after it, as data flows."""
+    """The node that computes the logit, and the reshapes and no-op casts after it, in data-flow order."""
     node, views = gate, []
     while (is_reshape(node) or is_cast(node)) and node.args and isinstance(node.args[0], Node):
         before, after = tensor_of(node.args[0]), tensor_of(node)
@@ -123,7 +123,7 @@ def _shapes(site: GatedSite, found: Projection, words: Vocabulary) -> Refusal | 
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
             return Refusal("subclass", "{} of layout {} feeds {}", type(tensor).__name__, tensor.layout, logit)
-        # Autocast's linear takes float32 and gives a narrower logit; the op, which runs under it too, casts as it does.
+        # Autocast's linear takes float32 and gives a narrower logit. The op runs under autocast too, and casts the same way.
         if tensor.dtype not in (gate.dtype, torch.float32):
             return Refusal("dtype", "{} feeds {}, which is {}", dtype_text(tensor.dtype), logit, dtype_text(gate.dtype))
         if tensor.device != a.device:

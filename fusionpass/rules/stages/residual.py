@@ -1,7 +1,7 @@
 """out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round.
 
-h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, all else the cast
-residual += sum                                                 what the op gives is copied into the residual's memory
+h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, others the cast
+residual += sum                                                 the op's result is copied into the residual's memory
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
         return refusal
     read = Operand(source, cast[0] if cast else reader)
     if cast and movable([("the residual", read)], cast[0], reader, effects):
-        read, cast = Operand(residual, reader), []  # the cast stays, and is read where it was
+        read, cast = Operand(residual, reader), []  # the cast stays, and is read where it was read before
     return site.grown(
         "residual",
         after=[*cast, *parts, reader],
@@ -80,7 +80,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
 
 
 def _hands_on(node: Node, reader: Node) -> bool:
-    """Whether the reader gives the rows of the node on as they are: a view, a cast that does nothing, or one to float32."""
+    """Whether the reader hands the node's rows on unchanged: a view, a cast that does nothing, or a cast to float32."""
     before, after = tensor_of(node), tensor_of(reader)
     if before is None or after is None or reader.args[:1] != (node,):
         return False
@@ -90,7 +90,7 @@ def _hands_on(node: Node, reader: Node) -> bool:
 
 
 def _before_widening(residual: Node, reader: Node) -> tuple[Node, list[Node]]:
-    """The residual before it was cast to float32 for this sum alone, which the op does by itself, and the cast."""
+    """The residual before it was cast to float32 for this sum only, and the cast. (The op widens by itself.)"""
     if not is_cast(residual) or readers(residual) != [reader] or not isinstance(residual.args[0], Node):
         return residual, []
     before, after = tensor_of(residual.args[0]), tensor_of(residual)
