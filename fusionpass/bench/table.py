@@ -76,7 +76,7 @@ def _host_table(costs: list[HostCost], markdown: bool) -> str:
 
 
 def _tabulated(body: list[list[str]], heads: list[str], markdown: bool, left: int) -> str:
-    """The first `left` columns are words, the others numbers."""
+    """A table. The first `left` columns are words, the others are numbers."""
     align = ["left"] * left + ["right"] * (len(heads) - left)
     style = "github" if markdown else "simple"
     return tabulate(body, heads, tablefmt=style, disable_numparse=True, colalign=align)
@@ -94,7 +94,7 @@ def _legend(run: Run, code: Callable[[str], str]) -> str:
 
 
 def _us(us: float) -> str:
-    """About three digits, and never an exponent."""
+    """About three digits, never with an exponent."""
     return f"{us:.2f}" if us < 9.995 else f"{us:.1f}" if us < 99.95 else f"{us:.0f}"
 
 

@@ -1,4 +1,4 @@
-"""The arguments and the help of `fusionpass bench`; imports nothing that takes time."""
+"""The arguments and the help of `fusionpass bench`. It imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def _file(text: str) -> Path:
 
 
 def _tolerance(text: str) -> float:
-    """A percentage, or a fraction below 1: a plain 5 could be meant either way."""
+    """A percentage, or a fraction below 1. A plain 5 is refused, since it could mean either."""
     percent = text.endswith("%")
     try:
         value = float(text[:-1] if percent else text)
