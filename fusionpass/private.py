@@ -70,6 +70,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(WHERE[name]), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"fusionpass needs {WHERE[name]}.{name}, which torch {torch.__version__} has not; "
+            f"fusionpass needs {WHERE[name]}.{name}, which torch {torch.__version__} does not have; "
             f"it was checked on torch {CHECKED}: install one of these, or report the release"
         ) from error

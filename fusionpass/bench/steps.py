@@ -96,7 +96,7 @@ class ModelRun:
         return (
             f"{model}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
             + tabulate(body, heads, colalign=["left"] * 2 + ["right"] * 7, **kind)
-            + "\n\nshare: of the kernels' time with fusionpass that its own kernels take; "
+            + "\n\nshare: the part of the kernels' time with fusionpass that its own kernels take; "
             "~: a tie, the difference is below the sum of the spreads."
         )
 

@@ -86,8 +86,8 @@ def _legend(run: Run, code: Callable[[str], str]) -> str:
     lines = ["limit: the bytes of the formula, each read or written once, at the bandwidth of the copy."]
     if any("add" in row.sides for row in run.measurements):
         lines.append("add: one torch.add(a, b), which moves the same bytes without the gate.")
-    cut = ", of CPU times without the fastest and slowest few" if run.cpu else ""
-    lines.append("sets: of operands, taken in turn; where one turn reads more than the L2 cache, from memory.")
+    cut = "; for CPU times without the fastest and slowest few" if run.cpu else ""
+    lines.append("sets: sets of operands, used in turn; from memory if one turn reads more than the L2 cache.")
     lines.append(f"{code('±')}: half the range of the samples{cut}.")
     lines.append(f"{code('~')}: a tie, the difference is below the sum of the two spreads.")
     return "\n".join(lines)

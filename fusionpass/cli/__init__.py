@@ -24,14 +24,14 @@ examples:
   fusionpass report mymodel.py:Block --dtype bf16 --input "bf16[64,2048]" --diff
       your own module, with the graph's code before and after
   fusionpass report ./checkpoint --layers 4 --expect 4 --format json -o report.json
-      a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, which holds the count in CI
+      a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, to check the count in CI
   fusionpass bench --op gate_projected_add --tokens 1,32 --hidden 4096
       GPU and CPU time of an op beside eager and torch.compile, on a machine with a CUDA GPU
 
 exit codes:
   0  fine
   1  expectation not met: --expect N and another count, --strict and nothing rewritten, --check and a worse ratio
-  2  bad input, told in one line on standard error
+  2  bad input; one line on standard error says what is wrong
 """
 
 REPORT_DESCRIPTION = """\
@@ -39,7 +39,7 @@ Capture TARGET with torch.compile, run the pass, and report every site, every ne
 
 TARGET is one of
   qwen3_next             a Hugging Face model type: built from its default config
-  ./folder  org/name     a folder with a config.json, or a hub id (reads config.json from the network): built likewise
+  ./folder  org/name     a folder with a config.json, or a hub id (its config.json is read from the network)
   file.py:name           an nn.Module, its class, a function, or a function of no arguments that returns a module;
   package.module:name    inputs come from example_inputs beside it (a tuple or dict, or a function that returns one)
                          or from --input
@@ -136,7 +136,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--verify",
         action="store_true",
-        help="run each site's op against the nodes it replaces, on random inputs; exit 1 when one differs",
+        help="run each site's op and the nodes it replaces on random inputs; exit 1 if their results differ",
     )
     sizes = report.add_argument_group("Hugging Face targets")
     sizes.add_argument(
@@ -164,7 +164,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "--numerics",
         choices=("fp32", "eager"),
         default="fp32",
-        help="fp32 rounds once, at the store; eager gives the unfused nodes' bits; default: fp32",
+        help="fp32 rounds once, at the store; eager gives the bits of the unfused nodes; default: fp32",
     )
 
 

@@ -129,8 +129,8 @@ def _dtype(baseline: Run | None) -> str:
 def _compared(baseline: Run, run: Run, arguments: argparse.Namespace) -> Comparison:
     if baseline.sets != run.sets:
         raise ValueError(
-            f"--check {str(arguments.check)!r} was measured with {_sets(baseline)}, the run with {_sets(run)}: ratios of "
-            "operands in the cache and out of it do not compare; leave --sets out to measure as the baseline was"
+            f"--check {str(arguments.check)!r} was measured with {_sets(baseline)}, the run with {_sets(run)}: ratios with "
+            "operands in the cache and out of it cannot be compared; leave --sets out to measure as the baseline was"
         )
     found = compare(baseline, run, _tolerance(arguments))
     if found.ratios == 0:

@@ -25,7 +25,7 @@ class Collector:
 
 _COMPILED_BEFORE = (
     "0 rewritten: no graph was compiled, since those that ran had been compiled before: collect from the first call on, or "
-    "use fusionpass.explain, which compiles afresh"
+    "use fusionpass.explain, which compiles them again"
 )
 _collectors: ContextVar[tuple[Collector, ...]] = ContextVar("fusionpass_collectors", default=())
 

@@ -64,7 +64,7 @@ def _fuse(target: Any, options: Options) -> Any:
         return target
     if not callable(target):
         raise TypeError(
-            f"fuse was given {target!r}: it takes a function, an nn.Module class or an nn.Module; options go by name"
+            f"fuse was given {target!r}: it takes a function, an nn.Module class or an nn.Module; give options by name"
         )
     if isinstance(target, FusedForward):
         target = target.__wrapped__

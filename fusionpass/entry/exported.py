@@ -110,8 +110,8 @@ class Boundaries:
 _GIVEN = "{} goes into module {}, whose call signature the program keeps"
 _RETURNED = "{} is what module {} returns, and the program keeps the module's call signature"
 _ELEMENT = ", which names no element of an op's results"
-_PARTED = "{} and {} lie on two sides of module {}, whose call signature the program keeps"
-_NOT_GIVEN = "{} lies in module {}, whose call signature the program keeps: {} does not go into it"
+_PARTED = "{} and {}: one lies inside module {}, one outside, and the program keeps the module's call signature"
+_NOT_GIVEN = "{} lies in module {}, whose call signature the program keeps, and {} does not go into that module"
 _NOT_RETURNED = "module {}, whose call signature the program keeps, does not return {}, which {} needs"
 
 

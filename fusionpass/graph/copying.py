@@ -26,7 +26,7 @@ def editable(graph_module: GraphModule, memo: dict[int, torch.nn.Module] | None 
     if replaces_forward(graph_module):
         raise ValueError(
             "the graph module's forward was replaced on the instance, so its graph is not what a call runs: "
-            "give rewrite the graph module as it was before, and wrap what comes back"
+            "give rewrite the graph module as it was before, and wrap the result"
         )
     memo = {} if memo is None else memo
     if id(graph_module) in memo:

@@ -18,7 +18,7 @@ from fusionpass.graph.tensors import value_of
 from fusionpass.private import FakeTensorMode
 
 _NONE_RECORDED = (
-    "the graph has no recorded shapes, as torch.fx.symbolic_trace leaves it: pass rewrite(graph, example_inputs) "
+    "the graph has no recorded shapes, as after torch.fx.symbolic_trace: call rewrite(graph, example_inputs) "
     "with one value per input"
 )
 
@@ -88,7 +88,7 @@ def _of_shape_prop(graph_module: GraphModule, inputs: Sequence[Node]) -> list[An
     for node in inputs:
         metadata = _metadata_in(node.meta.get("tensor_meta"))
         if any(each.is_quantized or len(each.shape) != len(each.stride) for each in metadata):
-            raise ValueError(f"ShapeProp recorded of {node.name} a quantized or sparse tensor: {_GIVE_INPUTS}")
+            raise ValueError(f"ShapeProp recorded a quantized or sparse tensor for {node.name}: {_GIVE_INPUTS}")
         if not metadata and not node.args and node.users:
             raise ValueError(f"ShapeProp recorded no value of {node.name}, which is no tensor: {_GIVE_INPUTS}")
         found.append(fake(node.meta["tensor_meta"]) if metadata else (node.args[0] if node.args else None))

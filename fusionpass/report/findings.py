@@ -12,7 +12,7 @@ from fusionpass.rules import RULES
 
 _NO_GRAPH = (
     "0 rewritten: no graph was compiled with fusionpass: nothing uses the backend or `fuse`, or what ran was compiled "
-    "before (fusionpass.explain compiles afresh), or it has no tensor operation that Dynamo sees"
+    "before (fusionpass.explain compiles it again), or it has no tensor operation that Dynamo sees"
 )
 
 

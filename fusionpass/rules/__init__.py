@@ -91,7 +91,7 @@ def checked(given: Any) -> tuple[str | Rule | Stage, ...] | None:
             f"option 'rules' is {list(given)!r} without {' or '.join(map(repr, ours))}, the core every stage grows from"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"option 'rules' is {list(given)!r}: two rules of it have one name")
+        raise ValueError(f"option 'rules' is {list(given)!r}: two of the rules have the same name")
     for stage in given:
         if isinstance(stage, Stage) and not set(stage.of) & set(names):
             grows = " or ".join(map(repr, stage.of)) or "no rule: name one in its `of`"

@@ -33,7 +33,7 @@ def obstacle(
     for node in between:
         if words.operation(node) == "dropout":
             if not words.drops_nothing(node):
-                text = "{} reaches {} through {}, which drops some or may do so later"
+                text = "{} reaches {} through {}, which drops elements or may do so later"
                 return Refusal("dropout-between", text, source, reader, node)
         elif words.operation(node.args[0]) == "dropout":
             continue  # takes an element of the dropout's results: judged with the dropout

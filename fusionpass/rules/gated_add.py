@@ -19,7 +19,7 @@ from fusionpass.rules.site import Site
 from fusionpass.rules.stages import common, finalize, gate_projection, residual, rms_norm
 
 CODES = {
-    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or is not known not to",
+    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or may do so",
     "dropout-between": "a dropout in training stands between the product and the sum",
     "other-form": "one node computes the product or the sum as part of something else: glu, lerp, einsum, index_add",
     "cast-between": "a cast rounds in between",
@@ -31,7 +31,7 @@ CODES = {
     "scalar-operand": "a, b or the gate is a Python number",
     "no-metadata": "the tracer recorded no tensor for an operand",
     "multi-use": "the product is read by others too, so it must stay",
-    "mixed-dtype": "the operands differ in dtype, and one is 0-d or no dtype of the op, or numerics is 'eager'",
+    "mixed-dtype": "the operands differ in dtype, and one is 0-d, or the op does not take one, or numerics is 'eager'",
     "dtype": "a dtype outside bfloat16, float16, float32",
     "device": guards.CODES["device"],
     "layout": guards.CODES["layout"],
@@ -76,7 +76,7 @@ def known_dtypes(site: GatedSite, effects: Effects) -> Refusal | None:
         return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(total))
     promoted = reduce(torch.promote_types, dtypes)
     if site.overwrites is None and not site.in_place and promoted != total:
-        text = "the op would give {}, which the operands promote to, eager gives {}"
+        text = "the operands promote to {}, so the op would give it, but eager gives {}"
         return Refusal("result", text, dtype_text(promoted), dtype_text(total))
     return None
 

@@ -60,7 +60,7 @@ class Stage:
 
 def other_bits(site: Site) -> Refusal | None:
     """For rules whose op rounds differently from the nodes, for any operands."""
-    return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is: the op rounds otherwise", site.anchor)
+    return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is: the op rounds differently", site.anchor)
 
 
 def same_bits(site: Site) -> Refusal | None:

@@ -54,7 +54,7 @@ def validate(gm: GraphModule, site: Site, new: Inserted) -> bool:
     after = _extracted(gm, [new.op, *[node for node in found if node is not new.op]], leaves, found)
     with unset_fake_temporarily(), torch.no_grad(), ExitStack() as traced:
         exact = site.numbers["numerics"] == "eager" and not interpreted()  # the interpreter's exp is numpy's
-        way = "option 'rules', or give up the pass for this model"
+        way = "option 'rules', or do not use the pass for this model"
         generator = torch.Generator().manual_seed(SEED)  # our own, so the user's random stream does not change
         shown = [node for node in inside if tensor_of(node) is not None]
         probe = _extracted(gm, inside, leaves, shown)

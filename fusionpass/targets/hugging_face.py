@@ -132,7 +132,7 @@ def _config(transformers: Any, target: str, kind: str, trust_remote_code: bool) 
             raise TargetError(f"{target!r} brings its own model code: add --trust-remote-code to run it") from error
         if kind == "hub":
             raise TargetError(
-                f"{target!r} is no folder here, and its config could not be had from the Hugging Face hub "
+                f"{target!r} is no folder here, and its config could not be loaded from the Hugging Face hub "
                 f"({first_line(error, 160)}): check the name and the network, or give a folder with its config.json"
             ) from error
         raise TargetError(

@@ -35,13 +35,13 @@ CODES = {
     "numerics-eager": "bit-for-bit numerics keep the neighbours as they are",
     "needs-grad": "gradients are recorded, and the op has no backward for the stage",
     "gate-columns": "the gate is not one value per row",
-    "hidden-size": "the number of columns is no fixed number within the limit",
+    "hidden-size": "the number of columns is not fixed, or not within the limit",
     "no-metadata": "the tracer recorded no tensor for an operand",
-    "shape": "an operand does not have the shape that the formula needs, or it is not known to",
+    "shape": "an operand does not have the shape that the formula needs, or is not known to have it",
     "dtype": "an operand or a result has a dtype that the op does not take or give",
     "subclass": "an operand is a tensor subclass or not strided",
     "device": "an operand lives on another device",
-    "stride": "eager lays the result out in memory otherwise than the op does",
+    "stride": "eager's result has another layout in memory than the op's",
     "state-change-between": "grad mode, autocast or the stream changes between the old reads and the op",
     "mutation-between": "an operand is overwritten between the old read and the op",
     "metadata-mutation": "an operand's shape or strides are changed in place",
@@ -63,7 +63,7 @@ def combinable(site: Site) -> Refusal | None:
         )
     columns = fixed(total.shape[-1])
     if columns is None:
-        return Refusal("hidden-size", "a has {} columns, which no trace fixes", total.shape[-1])
+        return Refusal("hidden-size", "a has {} columns, which is not a fixed number", total.shape[-1])
     if not 1 <= columns <= MOST_COLUMNS:
         return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     if torch.is_grad_enabled():

@@ -113,7 +113,7 @@ def weighted_sum(value: Node, words: Vocabulary) -> WeightedSum | Refusal:
         other = Refusal("not-a-finalize", "a comes from {}", describe(total, words))
         return other if meaning is None or meaning.oddity is None else meaning.oddity
     if source.dim() < 3 or not words.reduces(total, source.dim() - 2, keepdim=False):
-        return Refusal("not-a-finalize", "{} sums other dims than the last but one of {}", total, shape_text(source))
+        return Refusal("not-a-finalize", "{} does not sum over the last dim but one of {}", total, shape_text(source))
     top_k = source.shape[-2]
     node, between = common.behind(meaning.operands[0])
     gather = gather_of(node)
@@ -130,7 +130,7 @@ def weighted_sum(value: Node, words: Vocabulary) -> WeightedSum | Refusal:
             inverse = rows.inverse if gather is None else gather[1]
             parts = [*rows.nodes, node, *between, total, *after]
             return WeightedSum(rows.y, _bare(weights), top_k, inverse, gather is not None, rows.masked, parts)
-    return Refusal("not-a-finalize", "{} multiplies by something else than one weight per row", node)
+    return Refusal("not-a-finalize", "{} does not multiply by one weight per row", node)
 
 
 def _rows(y: Node, reader: Node, words: Vocabulary, *, gathered: bool = False) -> Rows:

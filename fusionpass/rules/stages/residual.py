@@ -105,14 +105,14 @@ STAGE = Stage(
     name="residual",
     formula="out = residual + out",
     needs=(
-        "the sum's only reader is an add, views that keep its rows apart",
+        "the sum's only reader is an add, apart from views that keep its rows",
         "a residual of the shape and device of that add, which is contiguous",
         "no write to an operand of the formula before that add",
     ),
     codes=common.CODES
     | {
-        "not-a-residual": "what reads the sum is no addition of another tensor",
-        "another-sum": "what reads the sum is a site of its own, or nearly one, with the sum as its a",
+        "not-a-residual": "the sum's reader is not an addition of another tensor",
+        "another-sum": "the sum's reader is a site of its own, or nearly one, with the sum as its a",
         "used-elsewhere": "the sum has other readers, so it must stay",
         "scaled": "alpha other than 1",
         "odd-call": "the call has arguments the formula does not have",
