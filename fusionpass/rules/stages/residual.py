@@ -1,7 +1,7 @@
 """out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round.
 
-h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, all else the cast
-residual += sum                                                 what the op gives is copied into the residual's memory
+h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, others the cast
+residual += sum                                                 the op's result is copied into the residual's memory
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
         return refusal
     read = Operand(source, cast[0] if cast else reader)
     if cast and movable([("the residual", read)], cast[0], reader, effects):
-        read, cast = Operand(residual, reader), []  # the cast stays, and is read where it was
+        read, cast = Operand(residual, reader), []  # the cast stays, and is read where it was read before
     return site.grown(
         "residual",
         after=[*cast, *parts, reader],
@@ -80,7 +80,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
 
 
 def _hands_on(node: Node, reader: Node) -> bool:
-    """Whether the reader gives the rows of the node on as they are: a view, a cast that does nothing, or one to float32."""
+    """Whether the reader hands the node's rows on unchanged: a view, a cast that does nothing, or a cast to float32."""
     before, after = tensor_of(node), tensor_of(reader)
     if before is None or after is None or reader.args[:1] != (node,):
         return False
@@ -90,7 +90,7 @@ def _hands_on(node: Node, reader: Node) -> bool:
 
 
 def _before_widening(residual: Node, reader: Node) -> tuple[Node, list[Node]]:
-    """The residual before it was cast to float32 for this sum alone, which the op does by itself, and the cast."""
+    """The residual before it was cast to float32 for this sum only, and the cast. (The op widens by itself.)"""
     if not is_cast(residual) or readers(residual) != [reader] or not isinstance(residual.args[0], Node):
         return residual, []
     before, after = tensor_of(residual.args[0]), tensor_of(residual)
@@ -105,14 +105,14 @@ STAGE = Stage(
     name="residual",
     formula="out = residual + out",
     needs=(
-        "the sum's only reader is an add, views that keep its rows apart",
+        "the sum's only reader is an add, apart from views that keep its rows",
         "a residual of the shape and device of that add, which is contiguous",
         "no write to an operand of the formula before that add",
     ),
     codes=common.CODES
     | {
-        "not-a-residual": "what reads the sum is no addition of another tensor",
-        "another-sum": "what reads the sum is a site of its own, or nearly one, with the sum as its a",
+        "not-a-residual": "the sum's reader is not an addition of another tensor",
+        "another-sum": "the sum's reader is a site of its own, or nearly one, with the sum as its a",
         "used-elsewhere": "the sum has other readers, so it must stay",
         "scaled": "alpha other than 1",
         "odd-call": "the call has arguments the formula does not have",

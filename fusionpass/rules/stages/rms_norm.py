@@ -1,4 +1,4 @@
-"""normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight): the norm that the next layer begins with, a second result.
+"""normed = out * rsqrt(mean(out ** 2) + eps) * (offset + weight): the norm at the start of the next layer, a second result.
 
     weight * (x * rsqrt(mean(x ** 2) + eps)).to(dtype)              x = out.to(float32); Llama, Qwen2
     (x * rsqrt(mean(x ** 2) + eps) * (1 + weight.float())).to(dtype)                     Gemma, Qwen3-Next
@@ -60,7 +60,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     if isinstance(norm, Refusal):
         return norm
     if narrow is not None and not set(readers(end)) <= {narrow, *norm.parts}:
-        narrow = None  # others read the wide sum, so that is what the op gives
+        narrow = None  # others read the wide sum, so the op gives the wide one
     refusal = _checked(site, norm, tensor_of(narrow or end), words, effects)
     if refusal is not None:
         return refusal
@@ -76,7 +76,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
 
 
 def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, effects: Effects) -> Refusal | None:
-    """Why the norm of the sum, which the op gives as `total`, cannot be computed with it."""
+    """Why the op cannot compute the norm together with the sum, which it gives as `total`."""
     refusal = None
     result, weight = tensor_of(norm.result), words.tensor(norm.weight)
     if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
@@ -93,14 +93,14 @@ def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, eff
         return Refusal("late-operand", "{} comes after {}", norm.weight, site.at)
     end = site.end
     refusal = refusal or movable([("the sum", Operand(end, end))], end, norm.result, effects, norm.parts)
-    # The weight's read moves to the sum, from after it or, where a cast of the weight was made early, from before it.
+    # The weight's read moves to the sum: from after it or, if a cast of the weight was made early, from before it.
     first, last = sorted((norm.weight_read, site.at), key=effects.position.__getitem__)
     reads = [] if norm.weight is None else [("the norm's weight", Operand(norm.weight, first))]
     return refusal or movable(reads, first, last, effects)
 
 
 def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
-    """Whether the node writes its result into the `written` tensor, or into any for None."""
+    """Whether the node writes its result into the `written` tensor, or into any tensor if that is None."""
     meaning = words.meaning(node)
     return meaning is not None and meaning.in_place and written in (None, meaning.operands[0])
 
@@ -118,7 +118,7 @@ def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:
         shape = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
         if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
-        # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
+        # The epsilon of the dtype in which it computes: for 16-bit dtypes ATen accumulates in float32.
         eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
         if tensor_of(user) is not None:
             return Norm(_movable(weight), eps, 0.0, user, [user], user)
@@ -143,7 +143,7 @@ def _written_out(end: Node, words: Vocabulary, effects: Effects, kept: torch.dty
 
 
 def _float32_forms(total: Node) -> Iterator[list[Node]]:
-    """The casts that lead from the sum to float32, through casts that do nothing; none where the sum is float32."""
+    """The casts from the sum to float32, also through casts that do nothing; none if the sum is float32."""
     if tensor_of(total).dtype is torch.float32:
         yield []
     for cast in total.users:
@@ -156,7 +156,7 @@ def _float32_forms(total: Node) -> Iterator[list[Node]]:
 
 
 def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, list[Node]] | None:
-    """(eps, nodes) when `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
+    """(eps, nodes) if `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
     product = words.operands(scaled, "mul")
     if product is None or wide not in product:
         return None
@@ -186,7 +186,7 @@ def _inside_rsqrt(node: object, words: Vocabulary) -> object:
 
 
 def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refusal | None:
-    """`h.mul_(rsqrt)` may go only when nobody else reads h's memory afterwards."""
+    """`h.mul_(rsqrt)` may go only if nobody else reads h's memory afterwards."""
     for node in norm.parts:
         meaning = words.meaning(node)
         if meaning is None or not meaning.in_place or not isinstance(meaning.operands[0], Node):
@@ -198,14 +198,14 @@ def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refu
 
 
 def _number(eps: object) -> float | None:
-    """eps as a number. One that dynamic=True left open, an attribute of the norm, is fixed by a guard on it: the kernel is
-    compiled for it, as it is for the hidden size."""
+    """eps as a number. With dynamic=True an eps that is an attribute of the norm may be symbolic. Then a guard fixes
+    it, because the kernel is compiled for its value, as for the hidden size."""
     value = value_of(eps) if isinstance(eps, Node) else eps
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
 
 
 def _shifted(node: object, words: Vocabulary) -> tuple | None:
-    """(mean, eps) of mean + eps, in place or not: nobody else reads the mean."""
+    """(mean, eps) of mean + eps, in place or not. Nobody else may read the mean."""
     meaning = words.meaning(node)
     if (
         meaning is None
@@ -226,7 +226,8 @@ def _weighted(
     kept: torch.dtype,
     words: Vocabulary,
 ) -> Norm | Refusal:
-    """What follows the scaling: a weight, before or after the cast back to the dtype that is kept of the sum."""
+    """The norm with what follows the scaling: a weight, before or after the cast back to the dtype that is kept of the
+    sum."""
     norm = reached = Norm(None, eps, 0.0, scaled, [*casts, *parts], scaled)
     while len(readers(reached.result)) == 1:
         (reader,) = readers(reached.result)
@@ -243,9 +244,9 @@ def _weighted(
             break
         reached = Norm(weight, eps, offset, reader, [*reached.parts, *made, reader], read)
         if tensor_of(reader).dtype == kept or tensor_of(norm.result).dtype != kept:
-            norm = reached  # a later cast to float32, for a router say, is its reader's own
+            norm = reached  # a later cast to float32, say for a router, belongs to its reader
     inside = set(norm.parts)
-    # A cast of a float32 sum to float32 is the sum itself, and stays for whoever else reads it.
+    # A cast of a float32 sum to float32 is the sum itself, and stays for its other readers.
     private = [part for part in norm.parts if part is not norm.result and not (part in casts and is_identity(part))]
     used = [other for part in private for other in readers(part) if other not in inside]
     if used:
@@ -265,7 +266,7 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
         offset = float(number)
         made.insert(0, factor)
         factor = other
-    # What others read too, such as a weight cast once for all, stays where it is and is read as it is.
+    # A node that others read too, such as a weight that is cast once for all, stays where it is and is read as it is.
     while (
         isinstance(factor, Node) and is_cast(factor) and len(readers(factor)) == 1 and isinstance(factor.args[0], Node)
     ):
@@ -278,7 +279,8 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
 
 
 def _movable(weight: Node | str | None) -> Node | str | None:
-    """A parameter by its path: tracers put the node that gets it just before its use, and the op stands earlier."""
+    """The weight by its path, if it is a parameter. Tracers put the `get_attr` node just before its use, and the op stands
+    earlier."""
     return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else weight
 
 
