@@ -1,8 +1,8 @@
-"""Hold the number of rewritten sites in your project's CI: a model or library update that loses one fails the test.
+"""Check the number of rewritten sites in your project's CI: if a model or library update loses one, the test fails.
 
     pytest examples/hold_the_count.py
 
-From the shell the same is `fusionpass report qwen2_moe --layers 2 --expect 2`, which exits 1 when the count differs.
+From the shell, `fusionpass report qwen2_moe --layers 2 --expect 2` does the same. It exits 1 if the count differs.
 """
 
 import torch

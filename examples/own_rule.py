@@ -2,8 +2,8 @@
 
     python examples/own_rule.py
 
-A rule says where it may begin and how such a node is read; the guards, the op's place in the graph, the check of what it
-computes (`verify`) and the report are fusionpass's.
+A rule says where it may begin and how such a node is read. fusionpass brings the rest: the guards, the op's place in the
+graph, the check of what the op computes (`verify`) and the report.
 """
 
 import torch
@@ -24,7 +24,7 @@ def _(gate, up):
 
 
 def find(words, product):
-    """Every way to read the product as silu(gate) * up: the words know all spellings of a multiplication."""
+    """Every way to read the product as silu(gate) * up. `words` knows all spellings of a multiplication."""
     factors = words.operands(product, "mul") or ()
     for silu, up in (factors, factors[::-1]) if len(factors) == 2 else ():
         if isinstance(silu, torch.fx.Node) and torch_name(silu) == "silu":

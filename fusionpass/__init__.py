@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """`fusionpass.passes`, on first use: it imports parts of torch that nothing else here needs."""
+    """`fusionpass.passes` is imported on first use: it imports parts of torch that nothing else here needs."""
     if name == "passes":
         import importlib
 

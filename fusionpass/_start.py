@@ -1,6 +1,6 @@
-"""Ctrl-C while torch is imported, which takes seconds: the command leaves quietly, any other program as it always does.
+"""Ctrl-C while torch is imported, which takes seconds: the command ends quietly, any other program ends as always.
 
-The package is imported before the command can handle anything, so this is asked first of all.
+The package is imported before the command can handle anything, so this runs first of all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def is_command() -> bool:
     """Whether this process is the command `fusionpass`, by its script or by `python -m fusionpass`."""
     if not sys.argv:
         return False
-    if sys.argv[0] == "-m":  # what it is until the module has been found
+    if sys.argv[0] == "-m":  # Python puts it there until it has found the module
         return sys.orig_argv[-len(sys.argv)].partition(".")[0] == "fusionpass"
     return os.path.splitext(os.path.basename(sys.argv[0]))[0] == "fusionpass"
 
@@ -29,4 +29,4 @@ def leave_quietly_if_command() -> None:
 
 
 def _leave(number: int, frame: object) -> None:
-    os._exit(INTERRUPTED)  # an exception inside the import of a C extension may come out as another one, or abort
+    os._exit(INTERRUPTED)  # an exception in the import of a C extension may turn into another one, or abort the process

@@ -47,15 +47,15 @@ def run(
     """Rewrite `graph_module` in place and say what was done.
 
     Args:
-        foreign: when not empty, why no site may be rewritten: the type of a tensor subclass among the graph's inputs.
-            Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
+        foreign: the type of a tensor subclass among the graph's inputs, or empty. If it is not empty, no site may be
+            rewritten. Dynamo's graph shows plain tensors in its place, so the inputs themselves have to be asked.
         tuned: the inner compiler is Inductor in a mode that tunes its kernels.
-        keeps: says of a site of the outermost graph, after each step of its growth, why what owns the graph needs nodes of
-            it to stay; it is given what was renamed so far.
-        among: when given, only sums that are in it are looked at; what a site grows over may lie outside.
+        keeps: called with a site of the outermost graph, after each step of its growth, and with what was renamed so far.
+            It says why the graph's owner needs nodes of the site to stay.
+        among: if given, only sums in it are looked at. The nodes that a site grows over may lie outside.
 
     Raises:
-        VerificationFailed: under `options.verify`, for a site that gives other values; the graph is then of no use.
+        VerificationFailed: under `options.verify`, for a site that gives other values. The graph must not be used then.
     """
     outcome = Outcome(absent=tuple(rule.absent for rule, *_ in chosen(options.rules)))
     _Pass(options, foreign, tuned, outcome, graph_module, keeps, among).over(graph_module, inside_functorch=False)
@@ -70,7 +70,7 @@ def run(
 
 @dataclass
 class _Pass:
-    """One run, over a graph and the graphs within it."""
+    """One run, over a graph and its child graphs."""
 
     options: Options
     foreign: str
@@ -98,14 +98,14 @@ class _Pass:
         return self.among is None or node in self.among
 
     def kept(self, gm: GraphModule, site: Site) -> Refusal | None:
-        """Why what owns the graph needs nodes of the site to stay; only the outermost graph has such an owner."""
+        """Why the graph's owner needs nodes of the site to stay. Only the outermost graph has such an owner."""
         if self.keeps is None or gm is not self.root:
             return None
         return self.keeps(site, self.outcome.renamed)
 
 
 class _OneGraph:
-    """The pass over one graph, without those within it."""
+    """The pass over one graph, without its child graphs."""
 
     def __init__(self, gm: GraphModule, inside_functorch: bool, whole: _Pass):
         self.gm = gm
@@ -116,7 +116,7 @@ class _OneGraph:
 
     @cached_property
     def effects(self) -> Effects:
-        """Asked only where there is a reading: it takes longer than to find none."""
+        """Built only if there is a reading, since it takes longer than finding out that there is none."""
         return Effects(self.gm, self._inside_functorch)
 
     def rewrite(self) -> None:
@@ -126,7 +126,7 @@ class _OneGraph:
         beginnings = [(rule, self._anchored(rule.rule, operations)) for rule in rules]
         in_place = [node for node, operation in operations if operation is not None and operation.endswith("_")]
         redirected = redirect(graph, in_place, words)
-        gone: set[str] = set()  # names of nodes that a site before has taken in
+        gone: set[str] = set()  # names of nodes that an earlier site has taken in
         for rule, anchors in beginnings:
             for anchor in anchors:
                 readings = [] if anchor.name in gone else list(rule.rule.find(words, anchor))
@@ -153,7 +153,7 @@ class _OneGraph:
         return found
 
     def judged(self, rule: Chosen, readings: Sequence[Reading]) -> tuple[Site, Refusal | None]:
-        """The site to replace, grown as far as it goes; or the one that comes nearest, and why it is left alone."""
+        """The site to replace, grown as far as possible; or the nearest one, and why it is left alone."""
         site, refusal = _choose(rule.rule, readings, self.effects, self.options.numerics, self.whole.foreign)
         if refusal is None and self.options.numerics == "eager":
             refusal = rule.rule.bits(site)
@@ -183,7 +183,7 @@ class _OneGraph:
         return self.narrowed(site).changed(stopped=stopped)
 
     def narrowed(self, site: Site) -> Site:
-        """The site with the cast that alone reads its float32 sum: the op stores what the cast makes of it."""
+        """The site with the cast of its float32 sum, if nothing else reads the sum: the op then stores the cast's result."""
         if self.options.numerics != "fp32" or site.written_back is not None or not site.op.stores:
             return site
         end = site.end
@@ -229,7 +229,7 @@ class _OneGraph:
 def _choose(
     rule: Rule, readings: Sequence[Reading], effects: Effects, numerics: str, foreign: str
 ) -> tuple[Site | None, Refusal | None]:
-    """The first reading every guard accepts; else the one whose nodes stand closest together, with its refusal."""
+    """The first reading that every guard accepts. If there is none: the one with the closest nodes, and its refusal."""
     refused: list[tuple[Site | None, Refusal]] = []
     for found, obstacle in readings:
         site, refusal = found, obstacle
@@ -239,7 +239,7 @@ def _choose(
         if refusal is None and foreign:
             refusal = Refusal("subclass", "an input of the graph is a {}", foreign)
         if refusal is None:
-            # Whether the op may be called with it is asked later, by `bits`: until then guards ask the op without.
+            # Whether the op can be called with these numerics is asked later, by `bits`. The guards ask the op without them.
             return site.changed(numbers={**site.numbers, "numerics": numerics}), None
         refused.append((site, refusal))
     direct = [(site, refusal) for (site, refusal), (_, obstacle) in zip(refused, readings, strict=True) if not obstacle]
@@ -261,9 +261,9 @@ def _miss(anchor: Node, rule: Rule, refusal: Refusal) -> Miss:
 
 
 def foreign_type(values: Iterable[Any] | None) -> str:
-    """Name of the first tensor subclass among a graph's inputs that tracers show as a plain tensor, "" when there is none.
+    """Name of the first tensor subclass among a graph's inputs that tracers show as a plain tensor, "" if there is none.
 
-    Wrapper subclasses (DTensor, quantised weights) keep their type in the graph, so each site's own operands decide.
+    Wrapper subclasses (DTensor, quantised weights) keep their type in the graph, so the operands of each site decide.
     """
     for value in values or ():
         if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):

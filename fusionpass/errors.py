@@ -2,8 +2,8 @@
 
 
 class NothingRewritten(RuntimeError):
-    """No site was rewritten, and the option `strict` asked to be told so."""
+    """No site was rewritten, and the option `strict` is on."""
 
 
 class VerificationFailed(RuntimeError):
-    """A rewritten site gave other values than the nodes it replaces, and the option `verify` asked to be told so."""
+    """A rewritten site gave other values than the nodes it replaces. Only the option `verify` looks for this."""

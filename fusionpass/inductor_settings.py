@@ -39,7 +39,7 @@ def check_settings(inner: Any, mode: Any, inductor: Any) -> None:
     if given and inner != "inductor":
         name, value = given[0]
         raise ValueError(
-            f"option {name!r} is {value!r}, which is Inductor's, and option 'inner' is {inner!r}: "
+            f"option {name!r} is {value!r}, which is for Inductor only, but option 'inner' is {inner!r}: "
             f"add inner='inductor', or leave {name!r} out"
         )
     of_mode(mode)
@@ -54,5 +54,5 @@ def _check_names(inductor: Mapping[str, Any]) -> None:
     for name in inductor:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3)
-            hint = f"; near it are {', '.join(near)}" if near else ""
-            raise ValueError(f"option 'inductor' names {name!r}, which torch._inductor.config has not{hint}")
+            hint = f"; similar names are {', '.join(near)}" if near else ""
+            raise ValueError(f"option 'inductor' names {name!r}, which torch._inductor.config does not have{hint}")

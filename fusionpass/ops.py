@@ -1,16 +1,16 @@
 """`gated_add`, the function for people, and what holds for all registered ops, `torch.ops.fusionpass.*`.
 
-`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. Shape
-and strides of `gated_add` and `gate_projected_add` are those of the eager expression `a + torch.sigmoid(gate) * b`, whatever
-the layout of the operands; the results of `moe_combine` are contiguous.
+`fusionpass.operators` lists them. All but `_gated_add_out` are functional: fresh results, no aliasing, no mutation. The
+results of `gated_add` and `gate_projected_add` have the shape and strides of the eager expression
+`a + torch.sigmoid(gate) * b`, for any layout of the operands. The results of `moe_combine` are contiguous.
 
-Dtypes: bfloat16, float16 and float32, of each operand by itself, but x, weight and bias are of one dtype, and with
-numerics="eager" all are. Computed in float32 and rounded once to `dtype`. Its default, None, means the dtype that promotion
-gives the eager expression: of a, b, the gate (or x) and the residual. The routing weights and the norm's weight take no
-part in it: bfloat16 rows with float32 weights give bfloat16 results. Both results of `moe_combine` are of the one dtype.
+Dtypes: each operand is bfloat16, float16 or float32. But x, weight and bias have one dtype, and with numerics="eager" all
+operands have. The ops compute in float32 and round once to `dtype`. Its default, None, means the dtype that promotion gives
+the eager expression, from a, b, the gate (or x) and the residual. The routing weights and the norm's weight do not count:
+bfloat16 rows with float32 weights give bfloat16 results. Both results of `moe_combine` have the same dtype.
 
-Devices: CUDA has the Triton kernels (`implementations.kernel_dtypes` says for which dtypes); any other computes in ATen.
-Under autocast an op does what its nodes do there: see `under_autocast` in `fusionpass.operators`.
+Devices: CUDA has the Triton kernels (`implementations.kernel_dtypes` says for which dtypes). Any other device computes in
+ATen. Under autocast an op does what its nodes do there: see `under_autocast` in `fusionpass.operators`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) 
 
     Args:
         a: `[..., H]`, bfloat16, float16 or float32, on any device; any strides.
-        gate: `[...]` or `[..., 1]`, one logit per row, or `[..., H]`, one per element; dtype and device of `a`. Which of
-            them it is follows from its number of dims and its sizes, never from how many elements it has.
+        gate: `[...]` or `[..., 1]`, one logit per row, or `[..., H]`, one per element; dtype and device of `a`. The number
+            of dims and the sizes say which of these it is, never the number of elements.
         b: as `a`.
         out: where to write: shape, dtype and device of `a`, any strides that give each element its own memory. `out=a`
-            works in place. It may share memory with an input only by being that very view of `a`, `b` or an `[..., H]`
-            gate, or where the two provably have no element in common, such as two halves of one `[T, 2 * H]` buffer.
+            works in place. It may lie in the memory of an input in two cases: it is the same view as `a`, `b` or an
+            `[..., H]` gate, or the two provably have no element in common, such as two halves of one `[T, 2 * H]` buffer.
 
     Returns:
         `out` if it was given, else a new tensor with the strides of `a + torch.sigmoid(gate) * b`.
@@ -66,7 +66,7 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, *, out: Tensor | None = None) 
         raise ValueError("gated_add: out does not record gradients and an argument requires them; use out=None")
     if transforms_active():
         raise ValueError("gated_add: out carries no derivative through torch.func or forward-mode AD; use out=None")
-    # Tracers' tensors have no address to compare, and a tracer turns the copy into a plain write of the result.
+    # A tracer's tensors have no address to compare. And a tracer turns this copy into a plain write of the result.
     if torch.compiler.is_compiling() or out.is_meta or any(type(t) not in PLAIN for t in named.values()):
         return out.copy_(OP.overload(a, gate, b))
     if aliasing.overlaps_itself(out):

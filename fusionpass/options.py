@@ -13,16 +13,16 @@ from fusionpass.rules import checked
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose; equal options are equal objects, so Dynamo's backend guard sees one backend.
+    """What a user may choose. Equal options are equal objects, so Dynamo's backend guard sees one backend.
 
     Attributes:
         inner: compiles the rewritten graph: a registered backend's name ("eager", "aot_eager", "inductor", ...)
             or a callable taking `(graph_module, example_inputs)`.
         rules: names of the rules and stages to allow (see `fusionpass rules`), and `Rule` and `Stage` objects of
-            `fusionpass.rules`, a rule with all its stages; tried in this order. None allows all that there are by name.
-        numerics: "fp32" rounds once, at the store; "eager" gives the unfused eager nodes' bits.
-        profitable_only: leave a site alone where the inner compiler by itself would be faster.
-        strict: raise `NothingRewritten` when no rewritten site ran in a call; see `fusionpass.entry.nothing_rewritten`.
+            `fusionpass.rules`, tried in this order. A `Rule` brings all its stages. None allows all that have a name there.
+        numerics: "fp32" rounds once, at the store; "eager" gives the bits of the unfused eager nodes.
+        profitable_only: leave a site alone if the inner compiler by itself would be faster.
+        strict: raise `NothingRewritten` if no rewritten site ran in a call; see `fusionpass.entry.nothing_rewritten`.
         verify: run each rewritten site against the nodes it replaces, on random inputs, while compiling.
         mode: with `inner="inductor"`, one of torch.compile's modes ("reduce-overhead", "max-autotune", ...).
         inductor: with `inner="inductor"`, settings of `torch._inductor.config` for this compilation, by name.
@@ -73,5 +73,5 @@ def _check_inner(inner: Any) -> None:
     if inner not in list_backends(exclude_tags=()):
         shown = sorted(
             {"eager", "aot_eager", *list_backends()} - {"fusionpass"}
-        )  # without those for PyTorch's own tests
+        )  # without the backends for PyTorch's own tests
         raise ValueError(f"option 'inner' is {inner!r}: allowed are {', '.join(shown)}, or a callable")

@@ -3,10 +3,10 @@
     PassManager(passes=[..., Pass(numerics="eager"), ...])
     torch.compile(model, options={"post_grad_custom_pre_pass": InductorPass(after=their_pass)})
 
-Prefer `backend="fusionpass"` where there is a choice. It sees the model as it is written, runs on a warm cache too, so that
-its report is complete, and has Inductor launch the kernels itself. `InductorPass` is for a stack that owns the call of
-torch.compile and its backend: it sees one aten graph per forward and none where a cache is hit, and what it rewrites stays a
-call through the dispatcher, which costs CPU time unless CUDA graphs replay it.
+Prefer `backend="fusionpass"` if you can choose. It sees the model as it is written. It runs on a warm cache too, so its
+report is complete. And with it Inductor launches the kernels itself. `InductorPass` is for a stack that owns the call
+of torch.compile and its backend. It sees one aten graph per forward, and none where a cache is hit. Its ops stay calls
+through the dispatcher, which cost CPU time unless CUDA graphs replay them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Pass(PassBase):
     """`fusionpass.rewrite` as a pass of `torch.fx`.
 
     Args:
-        options: as for `fusionpass.fuse`; `inner` has no meaning here but for `profitable_only`.
+        options: as for `fusionpass.fuse`; only `profitable_only` looks at `inner` here.
 
-    Calling it returns a `PassResult`: the new graph, with the given one untouched, and whether anything was rewritten.
-    `report` is that of the last call. The graph must carry shapes; `symbolic_trace` leaves none, so run `ShapeProp` of
-    `torch.fx.passes.shape_prop`, or `FakeTensorProp`, first. ShapeProp records no device: inputs are then taken to be where
-    the parameters are, and each to be memory of its own.
+    A call returns a `PassResult`: the new graph, and whether anything was rewritten. The given graph is not changed.
+    `report` is the report of the last call. The graph must carry shapes. `symbolic_trace` leaves none, so run
+    `ShapeProp` of `torch.fx.passes.shape_prop`, or `FakeTensorProp`, first. ShapeProp records no device. The inputs are
+    then taken to be on the device of the parameters, each in memory of its own.
 
     Raises:
         ValueError: an unknown option or value; on a call, a graph without shapes.
@@ -57,7 +57,7 @@ class InductorPass(CustomGraphPass):
     """A custom pass for Inductor's `post_grad_custom_pre_pass`.
 
     Args:
-        after: a pass that has the slot already, which runs first; Inductor keeps only what was assigned last.
+        after: a pass that has the slot already. It runs first. (Inductor keeps only the pass that was assigned last.)
         options: as for `fusionpass.fuse`, but for `inner`.
 
     Raises:
@@ -71,13 +71,13 @@ class InductorPass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         if self._after is not None:
             self._after(graph)
-        with torch.no_grad():  # autograd is done with the graph: forward and backward are two
+        with torch.no_grad():  # autograd is done with the graph: forward and backward are two graphs here
             outcome = run(graph.owning_module, self._options)
         collecting.record(outcome, compiled=False)
 
     def uuid(self) -> Any | None:
-        """What Inductor's caches know the pass by: the package's sources, the options, the pass before. None, which keeps
-        the caches from being used, where that pass has no identity."""
+        """The identity of the pass for Inductor's caches: the package's sources, the options, the pass before it. If the
+        pass before it has no identity, None, and then the caches are not used."""
         before = None
         if self._after is not None:
             before = self._after.uuid() if isinstance(self._after, CustomGraphPass) else None

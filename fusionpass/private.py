@@ -1,7 +1,8 @@
 """Every private name of torch that the package uses, in one place: `from fusionpass.private import FakeTensor`.
 
-Checked on torch 2.11.0 with CUDA, 2.13.0 and 2.14.1. A release that has moved one raises here, by name, and not an
-AttributeError in the middle of a compilation. (`kernels/` looks up its three by itself, and does without where they lack.)
+Checked on torch 2.11.0 with CUDA, 2.13.0 and 2.14.1. If a release has moved a name, the error comes from here and says
+which, instead of an AttributeError in the middle of a compilation. (`kernels/` looks up three names by itself, and can
+do without.)
 """
 
 from __future__ import annotations
@@ -69,6 +70,6 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(WHERE[name]), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
-            f"fusionpass needs {WHERE[name]}.{name}, which torch {torch.__version__} has not; "
+            f"fusionpass needs {WHERE[name]}.{name}, which torch {torch.__version__} does not have; "
             f"it was checked on torch {CHECKED}: install one of these, or report the release"
         ) from error

@@ -1,4 +1,4 @@
-"""Whether tensors share memory, as far as addresses, sizes and strides tell. Real tensors only: tracers' have no address."""
+"""Whether tensors share memory, told by addresses, sizes and strides. Only for real tensors: a tracer's have no address."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .layout import last_offset
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two elements of the tensor may be one in memory. True also of some exotic interleaved strides."""
-    span = 1  # elements from the first to the last of the dims seen so far, ends included
+    """Whether two elements of the tensor may be the same in memory. Also True for some exotic interleaved strides."""
+    span = 1  # elements from the first to the last one, both included, in the dims seen so far
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < span:
             return True
@@ -20,7 +20,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def same_view(m: Tensor, n: Tensor) -> bool:
-    """Whether each element of one is the element of the other at the same place."""
+    """Whether each element of one tensor is, in memory, the element of the other at the same place."""
     if m.data_ptr() != n.data_ptr() or m.shape != n.shape:
         return False
     return all(s == t for size, s, t in zip(m.shape, m.stride(), n.stride(), strict=True) if size > 1)
@@ -29,8 +29,8 @@ def same_view(m: Tensor, n: Tensor) -> bool:
 def disjoint(m: Tensor, n: Tensor) -> bool:
     """Whether two tensors of one dtype provably have no byte in common: by range, or column by column.
 
-    Columns: let `period` divide every stride but those of the last dims. Then each tensor keeps to one interval of
-    addresses modulo `period`, and tensors whose intervals do not meet are disjoint.
+    Columns: let `period` divide every stride except those of the last dims. Then each tensor stays in one interval of
+    addresses modulo `period`. If the two intervals do not meet, the tensors are disjoint.
     """
     if m.numel() == 0 or n.numel() == 0:
         return True

@@ -1,8 +1,8 @@
 """Arithmetic the kernels share: widening, rounding, the sigmoid. Compiled by Triton or run by its interpreter.
 
-INTERPRETED is passed to the kernels as a constexpr because three things are the compiler's alone:
-libdevice has no interpreted form, and the interpreter (3.9) truncates fp32 to bf16 where the compiler rounds to nearest
-even, and garbles bf16 subnormals in both directions. Bit patterns do it right.
+INTERPRETED is passed to the kernels as a constexpr because the interpreter (3.9) differs from the compiler in three things.
+It has no libdevice. It truncates fp32 to bf16, where the compiler rounds to nearest even. And it garbles bf16 subnormals in
+both directions. The code here works on bit patterns instead.
 """
 
 import triton

@@ -1,7 +1,7 @@
-"""What the ops' contracts are made of: a `..._problem` says why tensors are outside of it, as text, or is None.
+"""The parts of the ops' contracts: a `..._problem` returns a text that says why tensors do not fit the contract, or None.
 
 Each op's own contract is beside its ATen form. An op raises RuntimeError with the text, as ATen's own ops do. Symbolic
-sizes are refused only where they are known to differ: asking more of them would install guards.
+sizes are refused only if they are known to differ: any other question about them would install guards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def known(holds: bool | torch.SymBool) -> bool:
-    """Whether something said of sizes holds for certain; of symbolic ones without installing a guard."""
+    """Whether a condition on sizes holds for certain. For symbolic sizes, no guard is installed."""
     if type(holds) is bool:
         return holds
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -44,18 +44,18 @@ def listed(shape: Sequence[int]) -> str:
 
 
 def promoted(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that eager's type promotion gives an expression of these tensors, each of one dim or more."""
+    """The dtype that eager's type promotion gives an expression of these tensors. Each has one dim or more."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     return dtypes.pop() if len(dtypes) == 1 else functools.reduce(torch.promote_types, dtypes)
 
 
 def result_dtype(dtype: torch.dtype | None, *tensors: Tensor | None) -> torch.dtype:
-    """The dtype of an op's result: the one asked for, else what promotion gives."""
+    """The dtype of an op's result: the requested one, else the one that promotion gives."""
     return promoted(*tensors) if dtype is None else dtype
 
 
 def kind_problem(named: dict[str, Tensor], dtype: torch.dtype | None = None) -> str | None:
-    """Why the tensors are not all dense, of allowed dtypes and on one device, or the dtype asked for is not allowed."""
+    """Why the tensors are not all dense, of allowed dtypes and on one device, or why the requested dtype is not allowed."""
     first_name, first = next(iter(named.items()))
     for name, tensor in named.items():
         if tensor.layout != torch.strided:

@@ -5,7 +5,7 @@ strides   any for each tensor, 0 included for x, weight, a and b; y is given
 dtypes    bf16, fp16, fp32: one for x, weight, bias and the logit, one for each of a, b and y; arithmetic in fp32, one
           rounding at the store
 traffic   (rows * (3 * H + K) + K) * itemsize; eager moves (rows * (5 * H + K + 4) + K) * itemsize in four kernels,
-          Inductor rows * 2 * itemsize more than this one, in two
+          Inductor moves rows * 2 * itemsize more than this kernel, in two kernels
 gradient  da = dy;  db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x;
           dbias = sum(dlogit);  s = sigmoid(x . weight + bias)
 """
@@ -30,15 +30,15 @@ from .launching import Calls, Launch, Launches, Result, in_order, layouts, prepa
 from .layout import last_offset, row_offset, row_runs
 from .programmatic_launch import dependent_launch
 
-BLOCK_LIMIT = 8192  # columns of one program; H beyond takes more programs, K beyond more rounds
-# A program that has all of its row in flight at once beats one that loops over it. The numbers behind these constants are
-# in fusionpass/bench/measured.md.
+BLOCK_LIMIT = 8192  # columns of one program; a larger H takes more programs, a larger K more rounds
+# A program that has its whole row in flight at once is faster than one that loops over it. The measurements behind these
+# constants are in fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256  # 32 lanes x 8 elements, one 16-byte access in bf16
 MOST_WARPS = 16
 
-# Few rows leave most of the chip idle: several programs share one, each with the whole dot product.
-SPLITS = ((8, 0, 4), (48, 2048, 2))  # up to so many rows, of more than so many columns: programs a row
-# A sum over fewer warps is done sooner. Longer rows, and many rows, want more of them.
+# Few rows leave most of the chip idle. Then several programs share a row, and each computes the whole dot product.
+SPLITS = ((8, 0, 4), (48, 2048, 2))  # (most rows, only above so many columns, programs per row)
+# A sum over fewer warps is done sooner. Longer rows, and many rows, need more warps.
 FEW_WARPS, FEW_WARPS_UP_TO, FEW_WARPS_ROWS = 8, 4096, 128
 POINTERS = ("X", "W", "BIAS", "A", "B", "Y", "LOGIT")
 
@@ -116,9 +116,9 @@ def blocks_and_warps(k: int, h: int) -> tuple[int, int, int]:
 
 
 def vector(row_strides: Sequence[int], itemsize: int) -> int:
-    """Elements of the widest access that starts of all rows are aligned to, in at most 16 bytes.
+    """Elements of the widest access, of at most 16 bytes, to which the starts of all rows are aligned.
 
-    Triton sees by itself only whether a stride is a multiple of 16 elements, which those of 3000 columns are not.
+    By itself Triton sees only whether a stride is a multiple of 16 elements. With 3000 columns it is not.
     """
     return gcd(16 // itemsize, *row_strides)
 
@@ -142,10 +142,10 @@ def _prepared(
     if count <= FEW_WARPS_ROWS and max(k, h) <= FEW_WARPS_UP_TO:
         warps = min(warps, FEW_WARPS)
     w_col = column_stride(weight)
-    # Lanes past the end are masked, and their offsets still must not wrap around.
+    # Lanes past the end are masked, but their offsets must not wrap around either.
     idle = [block_k * columns[0], block_k * w_col, *(block_h * column for column in columns[1:])]
     wide = needs_int64(max((k - 1) * w_col, *last) + max(idle))
-    # In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not.
+    # In fp32 the approximate exponential and division of tl.sigmoid would be visible; in 16 bits they are not.
     precise = y.dtype == torch.float32
     device = y.get_device()
     dependent = dependent_launch(device)
@@ -183,14 +183,15 @@ def _prepared(
 
 
 def _without_columns(x: Tensor, weight: Tensor, bias: Tensor, a: Tensor, b: Tensor, y: Tensor, _: Tensor) -> None:
-    """In the kernel's place where x has no columns, for which it does not compile: the logit is the bias, or zero."""
+    """Takes the kernel's place if x has no columns, since the kernel does not compile then: the logit is the bias, or
+    zero."""
     gated_add.launch(y, a, aten.constant_logit(None if bias is weight else bias, x, a.shape[:-1]), b)
 
 
 def _call(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, **how: bool
 ) -> Callable | None:
-    """What writes into memory laid out as `y`; None where it has no elements."""
+    """The call that writes into memory with the layout of `y`; None if `y` has no elements."""
     if y.numel() == 0:
         return None
     return _without_columns if x.shape[-1] == 0 else _prepared(y, x, weight, bias, a, b, **how)
@@ -202,7 +203,7 @@ _with_logit = Calls()
 
 
 def launch(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> None:
-    """Write a + sigmoid(x . weight + bias) * b into `y`. Shapes, dtypes and devices are the caller's to check."""
+    """Write a + sigmoid(x . weight + bias) * b into `y`. The caller must check shapes, dtypes and devices."""
     if y.numel() == 0:
         return
     key = layouts(x, weight, bias, a, b, y)
@@ -217,9 +218,9 @@ def gate_projected_add(
     given.
 
     Raises:
-        RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
+        RuntimeError: outside the op's contract. It is checked on the first call with these layouts only.
     """
-    # `layouts` written out, and flat: it costs the CPU less.
+    # The same key as from `layouts`, written out as one flat tuple: this costs the CPU less.
     key = (
         x.shape, x.stride(), weight.shape, weight.stride(), a.shape, a.stride(), b.shape, b.stride(),
         x.dtype, weight.dtype, a.dtype, b.dtype, x.get_device(), weight.get_device(), a.get_device(), b.get_device(),
@@ -240,7 +241,7 @@ def gate_projected_add(
 def gate_projected_add_and_logit(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the gate logit [..., 1], rounded to the dtype of x, which the gradients need.
+    """The same, and the gate logit [..., 1], rounded to the dtype of x. The gradients need the logit.
 
     Raises:
         RuntimeError: outside the op's contract.

@@ -1,4 +1,4 @@
-"""gate_projected_add in ATen: what the op is defined for, what it computes where the kernel does not, its gradients, and the
+"""gate_projected_add in ATen: the op's contract, its result where the kernel does not compute it, its gradients, and the
 nodes. Computed in fp32 and rounded once, as `gated_add` with numerics "fp32"."""
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ def gate_projected_add_gradients(
     needs: tuple[bool, bool, bool, bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """(dx, dweight, dbias, da, db) of gate_projected_add and its logit; None where `needs` says so.
+    """(dx, dweight, dbias, da, db) of gate_projected_add and its logit; None for those that `needs` leaves out.
 
     dweight is flat, dbias has one element. Only dweight reads x, only dx reads the weight, and only these two and dbias
-    read b. dlogit is what reaches the logit itself, from a second derivative. dtypes: as in `gated_add_gradients`.
+    read b. dlogit is the gradient of the logit itself, from a second derivative. dtypes: as in `gated_add_gradients`.
 
     da = dy;  db = dy * s;  dl = rowsum(dy * b) * s * (1 - s) + dlogit;  dx = dl . weight;  dweight = dl^T . x
     """

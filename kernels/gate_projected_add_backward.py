@@ -1,11 +1,11 @@
-"""gate_projected_add_backward, all of it in one pass over memory and one small sum
+"""gate_projected_add_backward, computed in one pass over memory and one small sum
 
     db = dy * s;  dlogit = rowsum(dy * b) * s * (1 - s);  dx = dlogit . weight;  dweight = dlogit^T . x
     dbias = sum(dlogit);  s = sigmoid(logit)
 
 shapes    dy, b, db: [..., H]   logit: [..., 1]   dx, x: [..., K]   weight, dweight: K elements   dbias: [1]
           x is None where the weight needs no gradient
-strides   contiguous; H and K up to 8192. Any other layout takes the same formulas in ATen, as mixed dtypes do
+strides   contiguous; H and K up to 8192. Any other layout, and mixed dtypes, use the same formulas in ATen
 dtypes    bf16, fp16, fp32, one for all; arithmetic, sums over a row and over rows in fp32, one rounding at the store
 order     dweight sums the rows of each program in order, then the programs' sums in order: the same bits on every run
 traffic   (rows * (3 * H + 2 * K + 1) + 2 * K) * itemsize + 8 * programs * K; eager moves rows * (7 * H + 3 * K) * itemsize
@@ -27,7 +27,7 @@ from .gate_projected_add import blocks_and_warps
 from .launch_limits import needs_int64
 from .launching import Calls, Launch, in_order, layouts
 
-COLUMNS_LIMIT = 8192  # a thread holds five values of each of its 16 columns; twice as many spill registers
+COLUMNS_LIMIT = 8192  # a thread holds five values for each of its 16 columns; with 32 columns, registers spill
 # The best of 1 to 4: see fusionpass/bench/measured.md.
 PROGRAMS_PER_MULTIPROCESSOR = 2
 SUM_ROWS, SUM_COLUMNS = 64, 32
@@ -80,7 +80,7 @@ def sum_rows_kernel(SUMS, Y, rows, INTERPRETED: tl.constexpr, K: tl.constexpr, R
 
 
 def fits(dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor) -> bool:
-    """Whether the kernels take these layouts and dtypes; shapes and devices are the caller's to check."""
+    """Whether the kernels take these layouts and dtypes. The caller must check shapes and devices."""
     return (
         dy.dtype == weight.dtype == logit.dtype == b.dtype
         and 0 < weight.numel() <= COLUMNS_LIMIT
@@ -100,7 +100,7 @@ _calls = Calls()
 def gradients(
     dy: Tensor, x: Tensor | None, weight: Tensor, logit: Tensor, b: Tensor, rows: Sequence[int], need_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """(dx, dweight, dbias, db), new tensors, of operands that fit; dweight is flat, and None where x is.
+    """(dx, dweight, dbias, db), new tensors, for operands that fit. dweight is flat, and None if x is None.
 
     rows: the leading dims of dx.
     """

@@ -5,7 +5,7 @@ strides   any for each tensor, 0 included for a, gate and b; y is given, and may
 dtypes    bf16, fp16, fp32, one for each. numerics "fp32": arithmetic in fp32, one rounding at the store; "eager":
           sigmoid, product and sum each rounded to the one dtype of all, bit for bit what eager CUDA gives
 traffic   (3 * numel(a) + numel(gate)) * itemsize; eager's three kernels move (5 * numel(a) + 3 * numel(gate)) * itemsize,
-          Inductor's one kernel moves what this one does
+          Inductor's one kernel moves as much as this one
 gradient  da = dy;  db = dy * s;  dgate = sum over broadcast dims(dy * b) * s * (1 - s),  s = sigmoid(gate)
 """
 
@@ -31,11 +31,11 @@ from .programmatic_launch import dependent_launch
 # (most elements, elements of a block, warps). With few elements there are too few blocks to fill the chip. These two won
 # among 512, 1024 and 2048 elements with 1 to 8 warps: see fusionpass/bench/measured.md.
 ROW_BLOCKS = ((2**19, 1024, 8), (None, 2048, 8))
-# Rows are read as one flat piece where blocks of their own would be this much longer: at 3000, not at 5120 and 7168, where
-# one logit for each block beats one for each element.
+# If blocks of their own would be this much longer than the rows, the rows are read as one flat piece. This is so at 3000,
+# not at 5120 and 7168. There one logit for each block is faster than one for each element.
 MOST_IDLE = 1.25
-BLOCK = 1024  # of any other layout. 4 warps x 32 lanes x 8 elements: one 16-byte access per lane and tensor in bf16
-LOOPS = 4  # dims the kernel for any layout walks itself; the host walks those beyond
+BLOCK = 1024  # for any other layout. 4 warps x 32 lanes x 8 elements: one 16-byte access per lane and tensor in bf16
+LOOPS = 4  # dims that the kernel for any layout loops over; the host loops over further ones
 POINTERS = ("A", "G", "B", "Y")  # of both kernels
 
 
@@ -139,7 +139,7 @@ def gated_add_kernel(
 def _rows_launch(device, dtypes, sizes, strides, shape, eager) -> Launch | None:
     """The launch over rows of neighbours with one logit each; None for any other layout.
 
-    Rows must be those of the tensor: H is compiled in, and a size that changes from call to call must not be.
+    The rows must be those of the tensor, because H is compiled in. A size that changes from call to call must not be.
     """
     if not sizes or len(sizes) > 2 or sizes[-1] != shape[-1] or [operand[-1] for operand in strides] != [1, 0, 1, 1]:
         return None
@@ -175,13 +175,13 @@ def _rows_launch(device, dtypes, sizes, strides, shape, eager) -> Launch | None:
     options = {"num_warps": warps, "launch_pdl": True} if dependent else {"num_warps": warps}
     # With a fused multiply-add the product is not rounded, and the result is no longer eager's.
     options["enable_fp_fusion"] = not eager
-    # Of `numel` Triton compiles in no more than this.
+    # Triton compiles no more of `numel` in than this.
     compiled_for = (dtypes, needs_int64(numel), numel % 16 == 0, numel == 1, arguments[1:])
     return Launch(gated_add_rows_kernel, device, blocks, arguments, compiled_for, **options)
 
 
 def _precise(dtype: torch.dtype, eager: bool) -> bool:
-    """In fp32 the approximate exponential and division of tl.sigmoid would show; in 16 bits they do not."""
+    """In fp32 the approximate exponential and division of tl.sigmoid would be visible; in 16 bits they are not."""
     return eager or dtype == torch.float32
 
 
@@ -229,7 +229,7 @@ _fresh = Calls()
 
 
 def launch(y: Tensor, a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32") -> None:
-    """Write a + sigmoid(gate) * b into `y`. Shapes, dtypes and devices are the caller's to check."""
+    """Write a + sigmoid(gate) * b into `y`. The caller must check shapes, dtypes and devices."""
     if y.numel() == 0:
         return
     key = (numerics, *layouts(a, gate, b, y))
@@ -241,9 +241,9 @@ def gated_add(a: Tensor, gate: Tensor, b: Tensor, numerics: str = "fp32", dtype:
     """a + sigmoid(gate) * b, a new tensor with the strides of the eager expression, and its dtype if none is given.
 
     Raises:
-        RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
+        RuntimeError: outside the op's contract. It is checked on the first call with these layouts only.
     """
-    # `layouts` written out, and flat: it costs the CPU less.
+    # The same key as from `layouts`, written out as one flat tuple: this costs the CPU less.
     key = (
         numerics, dtype, a.shape, a.stride(), gate.shape, gate.stride(), b.shape, b.stride(), a.dtype, gate.dtype, b.dtype,
         a.get_device(), gate.get_device(), b.get_device(),

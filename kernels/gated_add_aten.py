@@ -1,9 +1,9 @@
-"""gated_add in ATen: what the op is defined for, what it computes where the kernel does not, its gradients, and the nodes.
+"""gated_add in ATen: the op's contract, its result where the kernel does not compute it, its gradients, and the nodes.
 
 numerics "fp32"   every intermediate in fp32, one rounding to the result's dtype at the end
 numerics "eager"  the unfused expression: sigmoid, product and sum each rounded to the dtype
 
-The result's dtype is the one given, else the operands' promoted. Mixed operands are promoted by ATen itself, so
+The result has the given dtype, else the one to which the operands promote. ATen itself promotes mixed operands, so
 `fp32 * bf16` below is an fp32 product without a cast copy.
 """
 
@@ -60,8 +60,9 @@ def gated_nodes(a: Tensor, gate: Tensor, b: Tensor) -> Tensor:
 
 
 def empty_sum(a: Tensor, gate: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b shaped as a; dtype: None for
-    that of `a`."""
+    """Unwritten memory with the shape and strides of `a + torch.sigmoid(gate) * b`, for b with the shape of a.
+
+    dtype: None means that of `a`."""
     if a.is_contiguous():
         return torch.empty_like(a, dtype=dtype, memory_format=torch.contiguous_format)
     strides = sum_strides(a.shape, a.stride(), gate.shape, gate.stride(), b.stride())
@@ -92,9 +93,9 @@ def gated_add_gradients(
     needs: tuple[bool, bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(da, dgate, db) of gated_add; None where `needs` says so. Only dgate reads b, only dgate and db read the gate.
+    """(da, dgate, db) of gated_add; None for those that `needs` leaves out. Only dgate reads b, only dgate and db the gate.
 
-    dtypes: of a and b; None where they are that of dy.
+    dtypes: those of a and b; None if they are that of dy.
 
     da = dy;  dgate = sum over broadcast dims(dy * b) * s * (1 - s);  db = dy * s;  s = sigmoid(gate)
     """

@@ -1,7 +1,7 @@
 """gated_add_backward: db = dy * s;  dgate = rowsum(dy * b) * s * (1 - s);  s = sigmoid(gate)
 
 shapes    dy, b, db: [..., H]   gate, dgate: [..., 1]
-strides   contiguous; H up to 8192. Any other layout takes the same formulas in ATen, as mixed dtypes do
+strides   contiguous; H up to 8192. Any other layout, and mixed dtypes, use the same formulas in ATen
 dtypes    bf16, fp16, fp32, one for all; arithmetic and row sums in fp32, one rounding at the store
 traffic   rows * (3 * H + 2) * itemsize; eager's five kernels move rows * (7 * H + 5) * itemsize
 """
@@ -19,8 +19,8 @@ from .arithmetic import INTERPRETED, rounded, sigmoid, widened
 from .launch_limits import GRID_LIMIT, needs_int64
 from .launching import Calls, Launch, in_order, layouts, warps_for
 
-COLUMNS_LIMIT = 8192  # 16 columns a thread of 16 warps; twice as many spill registers
-# One block a row beats two of half its length, and torch.compile's kernel: see fusionpass/bench/measured.md.
+COLUMNS_LIMIT = 8192  # 16 columns per thread of 16 warps; with 32 columns, registers spill
+# One block per row is faster than two of half its length, and than torch.compile's kernel: see fusionpass/bench/measured.md.
 COLUMNS_PER_WARP = 256
 MOST_WARPS = 16
 POINTERS = ("DY", "G", "B", "DG", "DB")
@@ -45,7 +45,7 @@ def gated_add_backward_kernel(
 
 
 def fits(dy: Tensor, gate: Tensor, b: Tensor) -> bool:
-    """Whether the kernel takes these layouts and dtypes; devices are the caller's to check."""
+    """Whether the kernel takes these layouts and dtypes. The caller must check devices."""
     return (
         dy.dtype == gate.dtype == b.dtype
         and gate.shape == (*dy.shape[:-1], 1)
@@ -61,7 +61,7 @@ _calls = Calls()
 
 
 def gradients(dy: Tensor, gate: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(dgate, db), new tensors, of operands that fit."""
+    """(dgate, db), new tensors, for operands that fit."""
     key = layouts(dy, gate, b)
     call = _calls.get(key) or _calls.keep(key, _prepared(dy))
     dgate, db = torch.empty_like(gate), torch.empty_like(b)

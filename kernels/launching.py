@@ -1,9 +1,9 @@
-"""Launch a kernel again without Triton's look at every argument.
+"""Launch a kernel again, without Triton's inspection of every argument.
 
 Triton's ordinary launch binds, inspects and hashes all arguments on each call. That costs the CPU more than the eager
-kernels that a launch replaces. But all that a compiled variant depends on is fixed here except the alignment of the
-pointers. So the variant that the first ordinary launch returns is kept, and from then on its launcher is called directly,
-with addresses for tensors: a fifth of the time and less (fusionpass/bench/measured.md).
+kernels that a launch replaces. But here everything on which a compiled variant depends is fixed, except the alignment of the
+pointers. So the variant that the first ordinary launch returns is kept. From then on its launcher is called directly, with
+addresses for tensors. This takes a fifth of the time or less (fusionpass/bench/measured.md).
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from torch import Tensor
 
 from .arithmetic import INTERPRETED
 
-# On AMD a variant also depends on the size of the memory behind a pointer; the interpreter compiles nothing.
+# Not on AMD, where a variant also depends on the size of the memory behind a pointer. The interpreter compiles nothing.
 REUSE = not INTERPRETED and torch.version.hip is None
 
 _knobs = triton.knobs.runtime
-# What Triton's own driver calls for both; a torch without CUDA has neither.
+# What Triton's own driver calls for the current device and stream. A torch without CUDA has neither.
 _current_device = getattr(torch._C, "_cuda_getDevice", None)
-# What Inductor's own code allocates with, on the current device: half the time of `empty_like`.
+# Inductor's own code allocates with this, on the current device. It takes half the time of `empty_like`.
 _empty_strided_cuda = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
 _current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _heard() -> bool:
-    """Whether anyone, a profiler say, is told of launches: a hook is a chain of functions, a function, or None."""
+    """Whether anyone, say a profiler, listens to launches. A hook is a chain of functions, a function, or None."""
     enter, leave = _knobs.launch_enter_hook, _knobs.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _launcher(compiled: Any) -> tuple[Callable, tuple]:
-    """What launches a compiled kernel, and its arguments between the stream and the kernel's own.
+    """The function that launches a compiled kernel, and its arguments between the stream and the kernel's own.
 
-    Triton's launcher looks for scratch memory to allocate and calls a function in C, whose arguments differ between
-    releases. That function is called by itself where it is known: a fifth of the time is spared.
+    Triton's launcher looks for scratch memory to allocate, and calls a function in C whose arguments differ between
+    releases. If these arguments are known, the C function is called directly, which saves a fifth of the time.
     """
     run = compiled.run
     unheard = compiled.packed_metadata, None, None, None  # launch metadata and two hooks
@@ -48,7 +48,7 @@ def _launcher(compiled: Any) -> tuple[Callable, tuple]:
 
 
 class Calls(dict):
-    """Prepared calls by the layouts of their operands; of the oldest half is forgotten when there are too many."""
+    """Prepared calls by the layouts of their operands. If there are too many, the older half is forgotten."""
 
     LIMIT = 4096
 
@@ -60,17 +60,17 @@ class Calls(dict):
         return call
 
 
-# By kernel, device and all else a compiled kernel depends on; then by which pointers are aligned. Where every call brings
-# another layout, each has an entry here, so it has a limit as the calls have. A call that is kept holds its own variants:
-# what is forgotten here is found again by one ordinary launch, since Triton keeps every kernel that it compiled.
+# Keyed by kernel, device and all else on which a compiled kernel depends, then by which pointers are aligned. If every call
+# has another layout, each has an entry here, so there is a limit, as for the calls. A call that is kept holds its own
+# variants. A variant forgotten here comes back by one ordinary launch, since Triton keeps every kernel that it compiled.
 _variants = Calls()
 
 
 def in_order(kernel: Any, pointers: Sequence[str], numbers: Mapping[str, Any]) -> tuple:
-    """The numbers, by the names that they have in the kernel's signature, in its order, which starts with the pointers.
+    """The numbers, given by their names, in the order of the kernel's signature, which starts with the pointers.
 
     Raises:
-        TypeError: the kernel's signature is another.
+        TypeError: the kernel's signature does not have these names.
     """
     names, count = kernel.arg_names, len(pointers)
     if list(names[:count]) != list(pointers) or set(names[count:]) != set(numbers):
@@ -79,16 +79,16 @@ def in_order(kernel: Any, pointers: Sequence[str], numbers: Mapping[str, Any]) -
 
 
 def warps_for(columns: int, per_warp: int, most: int) -> int:
-    """A power of two, as a launch takes, of warps with at least `per_warp` of the columns each; from 1 to `most`."""
+    """How many warps to launch: a power of two from 1 to `most`, so that each has at least `per_warp` of the columns."""
     return min(max(1 << (columns // per_warp).bit_length() >> 1, 1), most)
 
 
 class Launch:
     """One kernel over `blocks` programs, with every argument but its pointers, on tensors of one device.
 
-    `device` is its index, -1 for the CPU. `arguments` follow the pointers in the kernel's order, constexprs included: see
-    `in_order`. `compiled_for` is all that the compiled kernel depends on besides: launches that agree in it share variants,
-    so that a new number of rows, which is in none of it, costs no look at the arguments either.
+    `device` is the index of the device, -1 for the CPU. `arguments` follow the pointers in the kernel's order, constexprs
+    included: see `in_order`. `compiled_for` is everything else on which the compiled kernel depends. Launches with the same
+    `compiled_for` share variants. The number of rows is not in it, so for a new one the arguments are not inspected again.
     """
 
     __slots__ = ("_arguments", "_blocks", "_device", "_elsewhere", "_kernel", "_options", "_variants")
@@ -104,9 +104,7 @@ class Launch:
     ):
         self._kernel = kernel
         self._device = device
-        self._elsewhere = (
-            device >= 0 and torch.cuda.device_count() > 1
-        )  # may be, when another device is the current one
+        self._elsewhere = device >= 0 and torch.cuda.device_count() > 1  # another device may be the current one
         self._blocks = blocks
         self._arguments = tuple(arguments)
         self._options = options
@@ -127,7 +125,7 @@ class Launch:
         addresses = [tensor.data_ptr() for tensor in tensors]
         for address in addresses:
             bits |= address
-        # Triton compiles for pointers of 16 bytes and for others: nearly always all of them are the former.
+        # Triton compiles different variants for pointers that are aligned to 16 bytes and others. Nearly always all are.
         aligned = tuple([address & 15 == 0 for address in addresses]) if bits & 15 else True
         variant = self._variants.get(aligned)
         if variant is None or _heard():
@@ -141,7 +139,7 @@ class Launch:
 
 
 class Launches:
-    """Several launches, and for each the offsets at which it starts in the tensors, in elements."""
+    """Several launches. Each has the offsets at which it starts in the tensors, in elements."""
 
     __slots__ = ("_launches",)
 
@@ -154,7 +152,7 @@ class Launches:
 
 
 def prepared(launches: Sequence[tuple[Launch, Sequence[int]]]) -> Launch | Launches:
-    """The call that these launches make up: nearly always a single one, from the tensors' starts."""
+    """One call for these launches. Nearly always there is one launch, from the starts of the tensors."""
     if len(launches) == 1 and not any(launches[0][1]):
         return launches[0][0]
     return Launches(launches)
@@ -166,7 +164,7 @@ def _at(tensor: Tensor, offset: int) -> Tensor:
 
 
 class Result:
-    """Memory for a result on the device of `a`, given strides, and a given dtype and shape or those of `a`."""
+    """Memory for a result on the device of `a`, with the given strides, and the given dtype and shape or those of `a`."""
 
     __slots__ = ("_current", "_dtype", "_shape", "_strides")
 
@@ -189,5 +187,5 @@ class Result:
 
 
 def layouts(*tensors: Tensor | None) -> tuple:
-    """All that a prepared call depends on, of each tensor."""
+    """For each tensor, everything on which a prepared call depends."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.get_device()) for t in tensors])

@@ -1,6 +1,7 @@
-"""Strides as integers: what TensorIterator gives an elementwise result, and how few loops visit a set of tensors.
+"""Strides as integers: the strides that TensorIterator gives an elementwise result, and the fewest loops over tensors.
 
-Sizes and strides are tuples of ints, strides in elements. Strides of size-1 dims carry no meaning, in and out.
+Sizes and strides are tuples of ints, strides in elements. Strides of size-1 dims have no meaning, neither in arguments
+nor in results.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def broadcast_strides(shape: Ints, from_shape: Ints, strides: Ints) -> tuple[int
 
 
 def _in_order(shape: Ints, strides: Ints, dims: Ints) -> bool:
-    """Whether a tensor fills its memory without gaps, `dims` running from the slowest to the fastest."""
+    """Whether a tensor fills its memory without gaps; `dims` go from the slowest to the fastest."""
     step = 1
     for dim in reversed(dims):
         if shape[dim] != 1:
@@ -30,7 +31,7 @@ def _in_order(shape: Ints, strides: Ints, dims: Ints) -> bool:
 
 
 def _strides_in_order(shape: Ints, dims: Ints) -> tuple[int, ...]:
-    """Strides of a tensor that fills its memory without gaps, `dims` running from the slowest to the fastest."""
+    """Strides of a tensor that fills its memory without gaps; `dims` go from the slowest to the fastest."""
     strides, step = [0] * len(shape), 1
     for dim in reversed(dims):
         strides[dim] = step
@@ -46,8 +47,8 @@ def contiguous_strides(shape: Ints) -> tuple[int, ...]:
 def elementwise_strides(shape: Ints, *operands: tuple[Ints, Ints]) -> tuple[int, ...]:
     """Strides of the fresh result of an eager elementwise op, from its operands' (shape, strides).
 
-    TensorIterator's rule. Operands that need no broadcast and are all contiguous, all channels-last, or all dense with
-    the same strides hand those on, size-1 dims included: these mean nothing by themselves but steer the next op.
+    This is TensorIterator's rule. If no operand needs a broadcast, and all are contiguous, all channels-last, or all dense
+    with the same strides, the result has these strides. This includes those of size-1 dims, which matter for the next op.
     """
     if all(tuple(operand) == tuple(shape) for operand, _ in operands):
         for dims in (range(len(shape)), *([(0, 2, 3, 1)] if len(shape) == 4 else [])):
@@ -64,8 +65,8 @@ def _slowest_first(shape: Ints, operands: Sequence[Ints]) -> list[int]:
     """The dims in the order in which TensorIterator lays out a result, from strides broadcast to `shape`.
 
     Start row-major and insertion-sort the dims, fastest first. The first operand in which both dims have non-zero,
-    different strides decides; among equal strides the longer dim becomes the slower. That is no total order, so the
-    steps of the sort are part of the rule.
+    different strides decides. If the strides are equal, the longer dim becomes the slower one. This is not a total order, so
+    the steps of the sort are part of the rule.
     """
 
     def compare(fast: int, slow: int) -> int:
@@ -95,7 +96,7 @@ def _slowest_first(shape: Ints, operands: Sequence[Ints]) -> list[int]:
 def sum_strides(shape: Ints, a: Ints, gate_shape: Ints, gate: Ints, b: Ints) -> tuple[int, ...]:
     """Strides of eager's `a + torch.sigmoid(gate) * b`, where `a` and `b` have `shape`.
 
-    Three ops in a row, so three times the rule: sigmoid(gate), then the product, then the sum.
+    These are three ops, so the rule is applied three times: to sigmoid(gate), then to the product, then to the sum.
     """
     sigmoid = elementwise_strides(gate_shape, (gate_shape, gate))
     product = elementwise_strides(shape, (gate_shape, sigmoid), (shape, b))
@@ -105,8 +106,8 @@ def sum_strides(shape: Ints, a: Ints, gate_shape: Ints, gate: Ints, b: Ints) -> 
 def collapse(shape: Ints, *operands: Ints, order: Ints | None = None) -> tuple[list[int], list[list[int]]]:
     """The fewest loops, slowest first, that visit all operands together: (sizes, strides of each operand).
 
-    Size-1 dims are dropped and neighbours are merged where every operand allows it. `order` gives the strides whose
-    descending order the loops take, for better locality; without it the dims keep their order (row-major).
+    Size-1 dims are dropped, and neighbours are merged if every operand allows it. With `order`, the loops go in descending
+    order of these strides, for better locality. Without it the dims keep their order (row-major).
     """
     dims = [dim for dim, n in enumerate(shape) if n != 1]
     if order is not None:
@@ -127,15 +128,15 @@ def collapse(shape: Ints, *operands: Ints, order: Ints | None = None) -> tuple[l
 
 
 def last_offset(sizes: Ints, strides: Ints) -> int:
-    """Offset of the element furthest from the first, in elements."""
+    """Offset of the element that is furthest from the first one, in elements."""
     return sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
 
 
 def row_runs(*operands: tuple[Ints, Ints]) -> tuple[int, list[int]]:
-    """The longest run of rows that every operand crosses with one stride: (rows per run, row stride of each operand).
+    """The longest run of rows that has one stride in every operand: (rows per run, row stride of each operand).
 
-    An operand is (sizes, strides) of its leading dims; all have the same number of rows, shaped as they like. Every
-    multiple of the run length starts a run in each of them.
+    An operand is (sizes, strides) of its leading dims. All have the same number of rows, in any shape. In each of them,
+    every multiple of the run length starts a run.
     """
     loops = [collapse(sizes, strides) for sizes, strides in operands]
     run = 0
@@ -145,7 +146,7 @@ def row_runs(*operands: tuple[Ints, Ints]) -> tuple[int, list[int]]:
 
 
 def row_offset(row: int, sizes: Ints, strides: Ints) -> int:
-    """Offset of a row counted in row-major order of the leading dims, in elements."""
+    """Offset of a row, in elements. Rows are counted in row-major order of the leading dims."""
     offset = 0
     for n, s in zip(reversed(sizes), reversed(strides), strict=True):
         offset += row % n * s

@@ -1,14 +1,14 @@
-"""moe_combine: the combine region of a sparse layer, each stage of it optional but the formula
+"""moe_combine: the combine region of a sparse layer. Each stage of it is optional, except the formula
 
     sum    = residual + post_norm(scale * (routed_scale * routed + sigmoid(logit) * b))
     routed = a, or sum_k weights[t, k] * y[inverse[t, k]]        without a gate b is added as it is, if there is a b
     normed = sum / sqrt(mean(sum ** 2) + eps) * (offset + norm_weight)        logit = gate, or x . gate_weight + bias
 
 shapes    T rows of H <= 16384 columns in b, residual, sum, normed and a; y is [T * K, H] or [T, K, H] with K <= 32
-strides   any; an operand whose rows no single stride crosses is copied first; the results are contiguous
+strides   any; an operand without one stride from row to row is copied first; the results are contiguous
 dtypes    bf16, fp16, fp32: one for x, gate_weight and gate_bias, one for each of the others and one for the results;
-          inverse int32 or int64, from -T * K to T * K - 1, which is the caller's to hold;
-          arithmetic in fp32, sums over k too, and one rounding per result
+          inverse int32 or int64, from -T * K to T * K - 1, which the caller must make sure of;
+          arithmetic in fp32, also the sums over k, and one rounding per result
 traffic   T * H * (K or 1, + 1 for b, + 1 for x, + 1 for residual, + 1 for sum, + 1 for normed) * itemsize, and little more
 """
 
@@ -44,7 +44,7 @@ from .layout import contiguous_strides
 from .moe_combine_aten import TENSORS, Arguments, check_moe_combine
 from .programmatic_launch import dependent_launch
 
-# Of a thread, for terms that are on their way. With fewer, short rows wait for memory; more change nothing: see
+# Registers of a thread for terms that are being loaded. With fewer, short rows wait for memory. More do not help: see
 # fusionpass/bench/measured.md.
 REGISTERS = 40
 
@@ -147,7 +147,7 @@ def moe_combine_kernel(
         tl.store(NORMED + to, rounded(normed, NORMED.dtype.element_ty, INTERPRETED), mask=mask)
 
 
-# The kernel's pointers in its order, each with the op's argument that it points to; then its results.
+# The kernel's pointers in its order, each with the op's argument to which it points; then its results.
 OPERANDS = {
     "A": "a",
     "WEIGHTS": "topk_weights",
@@ -164,17 +164,11 @@ OPERANDS = {
 }
 RESULTS = ("SUM", "NORMED")
 NAMES = tuple(OPERANDS.values())
-FLAT = (
-    "topk_weights",
-    "inverse",
-    "masked",
-    "gate",
-    "norm_weight",
-    "post_norm_weight",
-)  # one number per row, slot or column
+# One number per row, slot or column.
+FLAT = ("topk_weights", "inverse", "masked", "gate", "norm_weight", "post_norm_weight")
 AS_THEY_ARE = ("gate_weight", "gate_bias")
 A_AT, B_AT = NAMES.index("a"), NAMES.index("b")
-operands_of = itemgetter(*map(Arguments._fields.index, NAMES))  # of the op's arguments, in the kernel's order
+operands_of = itemgetter(*map(Arguments._fields.index, NAMES))  # from the op's arguments, in the kernel's order
 
 
 def _as_rows(name: str, tensor: Tensor | None) -> Tensor | None:
@@ -192,13 +186,13 @@ def rows_of(given: Arguments) -> dict[str, Tensor | None]:
 
 
 class _Prepared:
-    """What is known of a call once its operands' layouts are: the results' memory and the launch."""
+    """What follows for a call from the layouts of its operands: the results' memory and the launch."""
 
     __slots__ = ("_dtype", "_flat", "_launch", "_norm", "_result")
 
     def __init__(self, given: Arguments):
         rows, operands = rows_of(given), operands_of(given)
-        # Most operands are rows as they stand; these are not.
+        # Most operands have the form of rows already. These do not.
         self._flat = [i for i, name in enumerate(NAMES) if rows[name] is not operands[i]]
         shape = given.shape()
         self._dtype = given.result_dtype()
@@ -225,7 +219,7 @@ class _Prepared:
 def numbers_of(
     rows: dict[str, Tensor | None], given: Arguments, dependent: bool
 ) -> tuple[dict[str, int | bool | float], int]:
-    """What the kernel takes beside its pointers, by the names of its signature, and its warps. Absent operands cost
+    """The kernel's arguments other than its pointers, by the names of its signature, and its warps. Absent operands cost
     nothing: their loads are compiled away."""
 
     def step(name: str, dim: int = 0) -> int:
@@ -242,7 +236,7 @@ def numbers_of(
     block_k = min(triton.next_power_of_2(k), max(block_h, BLOCK_LIMIT))
     most = FEW_WARPS if max(k, h) <= FEW_WARPS_UP_TO else MOST_WARPS
     warps = warps_for(max(k, h), COLUMNS_PER_WARP, most)
-    # Offsets within a row; lanes past its end are masked, and their offsets still must not wrap around.
+    # Offsets within a row. Lanes past its end are masked, but their offsets must not wrap around either.
     columns = [block_h * step(name, 1) for name in ("a", "b", "residual")]
     columns += [block_h * step(name) for name in ("norm_weight", "post_norm_weight")]
     x_col = step("x", 1)
@@ -310,7 +304,7 @@ def _launch(rows: dict[str, Tensor | None], count: int, given: Arguments) -> Lau
 
 
 def without_columns(given: Arguments) -> Arguments:
-    """The same where x has no columns, for which the kernel does not compile: the logit is the bias, or zero."""
+    """The arguments if x has no columns, since the kernel does not compile then: the logit is the bias, or zero."""
     gate = constant_logit(given.gate_bias, given.x, given.b.shape[:-1])
     return given._replace(gate=gate, x=None, gate_weight=None, gate_bias=None)
 
@@ -319,10 +313,10 @@ _known = Calls()
 
 
 def moe_combine(given: Arguments) -> tuple[Tensor, Tensor]:
-    """The sum and the normed sum, new and contiguous; without `eps` the latter is an empty tensor.
+    """The sum and the normed sum, new and contiguous. Without `eps` the normed sum is an empty tensor.
 
     Raises:
-        RuntimeError: outside the op's contract; told on the first call with these layouts, which are then known.
+        RuntimeError: outside the op's contract. It is checked on the first call with these layouts only.
     """
     operands = operands_of(given)
     key = layouts(*operands), given[TENSORS:]
@@ -338,7 +332,7 @@ def moe_combine(given: Arguments) -> tuple[Tensor, Tensor]:
 def traced(given: Arguments) -> tuple[Tensor, Tensor] | None:
     """The same for a tracer, such as Inductor's: allocations and a launch that it sees. The contract has been checked.
 
-    None where more than the number of rows is not known as a number, or there may be no rows.
+    None if something else than the number of rows is not known as a number, or if there may be no rows.
     """
     given = given._replace(dtype=given.result_dtype())
     if given.x is not None and known(given.x.shape[-1] == 0):

@@ -1,5 +1,5 @@
-"""moe_combine in ATen: the op's arguments, what it is defined for, what it computes where the kernel does not, and the
-nodes, for gradients, which the kernel has none of."""
+"""moe_combine in ATen: the op's arguments, its contract, its result where the kernel does not compute it, and the nodes.
+The nodes are for gradients: the kernel has no backward."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .contract import (
 
 
 class Arguments(NamedTuple):
-    """The arguments of moe_combine, as its schema has them. The tensors come first.
+    """The arguments of moe_combine, as in its schema. The tensors come first.
 
-    A tuple costs a call less than a dict does, and its fields have names where speed does not matter.
+    A tuple costs a call less than a dict. Where speed does not matter, its fields are read by name.
     """
 
-    a: Tensor  # the routed sum, [rows, H], or with top_k its terms, [rows * top_k, H]
+    a: Tensor  # the routed sum, [rows, H]; with top_k the terms of the sum, [rows * top_k, H]
     b: Tensor | None = None  # the shared expert; with neither gate nor x it is added as it is
     gate: Tensor | None = None  # one logit per row; or the projection x . gate_weight + gate_bias
     x: Tensor | None = None
     gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
     topk_weights: Tensor | None = None
-    inverse: Tensor | None = None  # where the terms of each row are among those of `a`
+    inverse: Tensor | None = None  # the places in `a` of each row's terms
     masked: Tensor | None = None  # True for a term that counts as zero, in the order of `a`
     residual: Tensor | None = None
     norm_weight: Tensor | None = None
@@ -66,8 +66,8 @@ class Arguments(NamedTuple):
         return self.gate is not None or self.x is not None
 
     def result_dtype(self) -> torch.dtype:
-        """Of both results. Neither the routing weights nor the norm's take part in promotion: they are often kept in
-        float32 beside rows of 16 bits, and the results are what the rows are."""
+        """The dtype of both results. The routing weights and the norm's weight do not take part in promotion. They are often
+        kept in float32 beside rows of 16 bits, and the results have the dtype of the rows."""
         return result_dtype(self.dtype, self.a, self.b, self.gate, self.x, self.residual)
 
 
@@ -152,8 +152,8 @@ def check_moe_combine(given: Arguments) -> None:
 
 
 def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The sum and the normed sum in differentiable ops, computed in `compute` and rounded once; the truth in float64,
-    which is rounded not at all."""
+    """The sum and the normed sum in differentiable ops, computed in `compute` and rounded once. With float64 they are the
+    truth for tests and are not rounded."""
     h, final = given.a.shape[-1], compute
     if compute == torch.float32:
         final = given.result_dtype()
@@ -177,7 +177,7 @@ def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.flo
     if given.eps is None:
         return total.to(final).reshape(shape).contiguous(), total.new_empty(0, dtype=final)
     normed = rms_norm(total, given.norm_weight, given.eps, given.offset)
-    # Eager may hand on the very memory of a view; the op's results are always their own.
+    # Eager may return a view of an operand's memory. The op's results always have memory of their own.
     return tuple(result.to(final).reshape(shape).contiguous() for result in (total, normed))
 
 
@@ -201,7 +201,7 @@ def logit_of(given: Arguments, compute: torch.dtype) -> Tensor:
 
 
 def weighted_sum(y: Tensor, weights: Tensor, given: Arguments) -> Tensor:
-    """Of the rows of `y` and one weight for each, [rows / top_k, columns], in the dtype that promotion gives."""
+    """The sum of the rows of `y`, each with its weight, [rows / top_k, columns], in the dtype that promotion gives."""
     if given.masked is not None:
         y = y.masked_fill(given.masked.reshape(-1, 1), 0)
     if given.permuted:
@@ -219,10 +219,10 @@ Norm = Callable[[Tensor, Tensor | None, float, float], Tensor]
 
 
 def moe_combine_steps(given: Arguments, *, projected: Projected, gated: Gated, norm: Norm) -> tuple[Tensor, Tensor]:
-    """The sum and the normed sum step by step, as the nodes compute them that the op replaces; each step in the dtype that
-    its operands or autocast give it, the sum in the `dtype` that is given, if one is.
+    """The sum and the normed sum step by step, as the replaced nodes compute them. Each step has the dtype that its operands
+    or autocast give it. The sum has the given `dtype`, if there is one.
 
-    For where autograd records, since no more is then saved than by these nodes, and for autocast, whose rules go by node.
+    It is used where autograd records, because it saves no more than these nodes, and for autocast, whose rules are per node.
     projected, gated, norm: how the three steps that differ are computed.
     """
     h, shape = given.a.shape[-1], given.shape()
@@ -250,7 +250,7 @@ def moe_combine_steps(given: Arguments, *, projected: Projected, gated: Gated, n
 
 
 def norm_nodes(total: Tensor, weight: Tensor | None, eps: float, offset: float) -> Tensor:
-    """The RMSNorm as nodes: in float32, its result in the dtype of the sum, or of the weight where that is wider."""
+    """The RMSNorm as nodes: in float32. Its result has the dtype of the sum, or of the weight if that is wider."""
     wide = total.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     if weight is None:
@@ -261,7 +261,7 @@ def norm_nodes(total: Tensor, weight: Tensor | None, eps: float, offset: float) 
 def rms_norm_gradients(
     dy: Tensor, total: Tensor, weight: Tensor | None, eps: float, offset: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dtotal, dweight) of the RMSNorm of `total`, computed in fp32; None where `needs` says so.
+    """(dtotal, dweight) of the RMSNorm of `total`, computed in fp32; None for those that `needs` leaves out.
 
     dtotal = r * (g - n * mean(g * n));  dweight = sum over rows(dy * n);  r = rsqrt(mean(total ** 2) + eps);
     n = total * r;  g = dy * (offset + weight)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+# Inductor tries a compiler on each vector instruction set, once per cache folder and process: 7 s.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

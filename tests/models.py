@@ -55,16 +55,19 @@ def qwen3_5_moe():
     return _config("qwen3_5_moe_text", **COMMON, **MOE, **DELTA)
 
 
-def _causal(config, dtype, experts):
+def _causal(config, dtype, experts, layers):
+    config.num_hidden_layers = layers
+    if hasattr(config, "linear_key_head_dim"):
+        config.layer_types = config.layer_types[-layers:]
     if experts == "eager":
         config.num_experts = 4  # Dynamo unrolls the loop over them
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=experts)
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, experts: str = "grouped_mm", seed: int = 0):
-    """The model in eval mode, and one call's keyword arguments."""
+def build(name: str, *, dtype: torch.dtype = torch.float32, experts: str = "grouped_mm", seed: int = 0, layers: int = 2):
+    """The model in eval mode, and one call's keyword arguments. Of one layer: the one whose attention is no recurrence."""
     torch.manual_seed(seed)
-    model = FAMILIES[name](dtype, experts).eval()
+    model = FAMILIES[name](dtype, experts, layers).eval()
     for parameter in model.parameters():  # _from_config leaves the talker's experts uninitialised
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -74,7 +77,7 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, experts: str = "grou
 
 
 FAMILIES: dict[str, Callable] = {
-    "qwen2_moe": lambda dtype, experts: _causal(qwen2_moe(), dtype, experts),
-    "qwen3_next": lambda dtype, experts: _causal(qwen3_next(), dtype, experts),
-    "qwen3_5_moe": lambda dtype, experts: _causal(qwen3_5_moe(), dtype, experts),
+    "qwen2_moe": lambda *given: _causal(qwen2_moe(), *given),
+    "qwen3_next": lambda *given: _causal(qwen3_next(), *given),
+    "qwen3_5_moe": lambda *given: _causal(qwen3_5_moe(), *given),
 }

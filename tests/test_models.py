@@ -140,7 +140,7 @@ def as_written(family: str, dtype: torch.dtype, y, b, **given) -> tuple[torch.Te
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_the_site_itself(family, dtype, experts):
     """On the very operands the model feeds it, each result's largest error is no larger than that of eager's kernels."""
-    model, inputs = models.build(family, dtype=dtype, experts=experts)
+    model, inputs = models.build(family, dtype=dtype, experts=experts, layers=1)
     recorders = []
 
     def inner(graph_module, example_inputs):
@@ -150,7 +150,7 @@ def test_the_site_itself(family, dtype, experts):
     with torch.no_grad():
         fusionpass.fuse(model, inner=inner)(**inputs)
         sites = [site for recorder in recorders for site in recorder.sites]
-        assert len(sites) == LAYERS
+        assert len(sites) == 1
         for args, kwargs in sites:
             results = torch.ops.fusionpass.moe_combine(*args, **kwargs)
             written = as_written(family, dtype, *args, **kwargs)
@@ -292,7 +292,7 @@ def test_a_training_step_through_inductor(checkpointed):
     Not as eager's: on a GPU Inductor's gradients of the unchanged model are 1.5 to 2.9 times as far off (3 seeds, with
     and without checkpoints), and those here 1.5 to 2.9 times too, not always where Inductor's are.
     """
-    model, inputs = models.build("qwen2_moe", experts="batched_mm")
+    model, inputs = models.build("qwen2_moe", experts="batched_mm", layers=1)
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -302,7 +302,7 @@ def test_a_training_step_through_inductor(checkpointed):
     loss(torch.compile(plain, dynamic=False), inputs).backward()
     with fusionpass.collect() as report:
         loss(torch.compile(model, backend="fusionpass", dynamic=False), inputs).backward()
-    assert [r.stages for r in report.rewrites] == [GROWN] * LAYERS
+    assert [r.stages for r in report.rewrites] == [GROWN]
     assert report.misses == []
     want, inductors, got = gradients(truth), gradients(plain), gradients(model)
     assert len(want) == len(inductors) == len(got)

@@ -229,7 +229,7 @@ def test_without_it_nothing_is_rewritten_and_nothing_is_said():
 # what the option is given -> the error
 WRONG = {
     "a stage without its rule": ([SILU_MUL, HALF], "stage 'half' without what it grows from, 'gated_add'"),
-    "two of a name": ([*RULES, replace(SILU_MUL, name="gated_add")], "two rules of it have one name"),
+    "two of a name": ([*RULES, replace(SILU_MUL, name="gated_add")], "two of the rules have the same name"),
     "a stage alone": ([HALF], "without 'gated_add'"),
 }
 

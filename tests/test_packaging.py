@@ -46,7 +46,7 @@ def test_wheel(built):
     assert modules <= set(names)
     assert any(name.endswith("py.typed") for name in names)
     entry_points = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    assert "[torch_dynamo_backends]\nfusionpass = fusionpass.entry.backend:fusionpass" in entry_points
+    assert "[torch_dynamo_backends]\nfusionpass = fusionpass.backend:fusionpass" in entry_points
     assert "[console_scripts]\nfusionpass = fusionpass.cli:main" in entry_points
 
 

@@ -1,7 +1,7 @@
 """What is measured: the cases that the ops declare, with fresh inputs, and the grid of shapes.
 
-T rows of H elements, the gate projected from K = H elements per row. Inputs are drawn from a normal distribution,
-weights scaled by 1 / sqrt(K), so that the logits are normal too and sigmoid is not saturated.
+T rows of H elements. The gate is projected from K = H elements per row. Inputs are drawn from a normal distribution.
+Weights are scaled by 1 / sqrt(K), so that the logits are normal too and the sigmoid is not saturated.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """The inputs of one call; `dy`, shaped as the result, where the call is the backward."""
+    """The inputs of one call. If the call is the backward, `dy` has the shape of the result."""
 
     inputs: tuple[Tensor, ...]
     dy: Tensor | None
@@ -47,12 +47,12 @@ OPS = dict(sorted((case for op in operators.OPS for case in op.bench.items()), k
 
 
 def bytes_read(case: Case) -> int:
-    """Bytes one call has to read."""
+    """Bytes that one call has to read."""
     return OPS[case.op].reads(case.tokens, case.hidden) * DTYPES[case.dtype].itemsize
 
 
 def bytes_moved(case: Case) -> int:
-    """Bytes one call has to read and write, the `traffic` of the kernels' docstrings."""
+    """Bytes that one call has to read and write: the `traffic` in the kernels' docstrings."""
     return bytes_read(case) + OPS[case.op].writes(case.tokens, case.hidden) * DTYPES[case.dtype].itemsize
 
 

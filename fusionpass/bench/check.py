@@ -1,12 +1,12 @@
-"""Hold a run against an earlier one: ratios to the other sides, which carry over from day to day as times do not.
+"""Compare a run with an earlier one, by ratios to the other sides. From day to day, ratios stay comparable and times do not.
 
 A ratio has worsened when both hold:
 
     new > old * (1 + tolerance)
     new - old > old noise + new noise
 
-where the noise of a ratio here/base is its value times (spread of here / here + spread of base / base), so that a
-difference within the two runs' own spreads is never reported, however small the tolerance.
+The noise of a ratio here/base is its value times (spread of here / here + spread of base / base). So a difference within
+the spreads of the two runs is never reported, even with a very small tolerance.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Worsened:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many ratios two runs have in common, in how many cases, and those that worsened."""
+    """How many ratios two runs have in common, in how many cases, and which ratios have worsened."""
 
     cases: int
     ratios: int
@@ -61,7 +61,7 @@ def ratios_of(run: Run) -> dict[tuple[Case, str], Ratio]:
 
 
 def compare(baseline: Run, run: Run, tolerance: float) -> Comparison:
-    """Ratios of `run` that are in `baseline` too; `tolerance` is a fraction, 0.05 for 5%."""
+    """Compare the ratios of `run` that are in `baseline` too. `tolerance` is a fraction, 0.05 for 5%."""
     old, new = ratios_of(baseline), ratios_of(run)
     common = [key for key in new if key in old]
     worsened = [

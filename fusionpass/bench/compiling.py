@@ -1,4 +1,4 @@
-"""What the pass adds to the time of torch.compile: seconds for the first call of a whole model, without it and with it."""
+"""The time that the pass adds to torch.compile: seconds for the first call of a whole model, without it and with it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusionpass.bench.steps import decode, forward_of, named
 from fusionpass.private import compilation_time_metrics as timings
 from fusionpass.private import config, reset
 
-WHOLE, PASS = "_compile.compile_inner", "pass.pre_grad_passes.fusionpass"  # Dynamo's names of what it times
+WHOLE, PASS = "_compile.compile_inner", "pass.pre_grad_passes.fusionpass"  # names in Dynamo's table of times
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class CompileRun:
 def compile_times(
     model: torch.nn.Module, *, batch: int, modes: Sequence[str], stage: Callable[[str], None]
 ) -> list[CompileTime]:
-    """Each mode but eager, which compiles nothing without the pass; a first compilation, of what both sides import and
-    probe once, does not count."""
+    """Each mode except eager, which compiles nothing without the pass. A first compilation is not counted, since both sides
+    import and probe some things only once."""
     found = []
     call, rewind = decode(model, batch)
     with config.patch(force_disable_caches=True):

@@ -1,4 +1,4 @@
-"""A run as a picture: a row per op, in it the time against T for each H, and what bandwidth the op reaches."""
+"""A run as a picture: a row per op, with the time against T for each H, and the bandwidth that the op reaches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw_run(run: Run, path: Path) -> None:
 
 
 def _times(panel, run: Run, entries: list[Measurement]) -> None:
-    """Microseconds against T, a line per side; the spreads as bars."""
+    """Microseconds against T, one line per side, with the spreads as bars."""
     for side, color in COLORS.items():
         points = [(e.tokens, *e.sides[side]) for e in entries if side in e.sides]
         if points:
@@ -55,7 +55,7 @@ def _times(panel, run: Run, entries: list[Measurement]) -> None:
 
 
 def _bandwidths(panel, run: Run, entries: list[Measurement], widths: list[int]) -> None:
-    """GB/s of the formula's bytes against T, a line per H, under the copy's."""
+    """GB/s of the formula's bytes against T, one line per H, below the line of the copy."""
     for hidden in widths:
         of_width = sorted((e for e in entries if e.hidden == hidden), key=lambda e: e.tokens)
         if of_width:

@@ -1,7 +1,7 @@
-"""A run's results: what was measured, the ratios that follow, and the file that keeps them.
+"""A run's results: the measurements, the ratios computed from them, and the file that keeps them.
 
-Times are in microseconds per call. A `Timing` is the median of its samples with a spread, half of the range that the
-samples cover. Two times whose difference is below the sum of their spreads cannot be told apart: a tie.
+Times are in microseconds per call. A `Timing` is the median of its samples, with a spread: half of the range of the samples.
+If the difference of two times is below the sum of their spreads, they are a tie: which one is faster is not known.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, samples: Sequence[float], *, outliers: int = 0) -> Timing:
-        """Median of the samples; the spread leaves out the `outliers` fastest and as many slowest."""
+        """Median of the samples. The spread leaves out the `outliers` fastest ones and as many slowest ones."""
         kept = sorted(samples)[outliers : len(samples) - outliers]
         return cls(statistics.median(samples), (kept[-1] - kept[0]) / 2)
 

@@ -18,9 +18,9 @@ from fusionpass.operators.functions import call_directly
 from fusionpass.private import reset
 
 DEVICE = "cuda"  # the current one
-COPY_BYTES = 2**30  # of the source; twenty times an L2 of 50 MB
+COPY_BYTES = 2**30  # bytes of the source: twenty times an L2 of 50 MB
 
-Tell = Callable[[str, int], None]  # what is being done, and how many steps are behind
+Tell = Callable[[str, int], None]  # what is being done, and how many steps are done
 
 
 def steps(cases: Sequence[Case]) -> int:
@@ -33,9 +33,9 @@ def measure(cases: Sequence[Case], *, rounds: int, sets: int | None, tuned: bool
 
     Args:
         cases: at least one.
-        rounds: samples per side, besides a first that is thrown away.
-        sets: of operands to rotate through, at most as many as fit; None: as many as read twice the L2 cache.
-        tuned: measure torch.compile with coordinate_descent_tuning too, most of the run's time.
+        rounds: samples per side, in addition to a first one that is thrown away.
+        sets: how many sets of operands to rotate through, at most as many as fit; None: as many as read twice the L2 cache.
+        tuned: also measure torch.compile with coordinate_descent_tuning. This takes most of the run's time.
         tell: is called before each step.
 
     Raises:
@@ -70,9 +70,10 @@ def measure(cases: Sequence[Case], *, rounds: int, sets: int | None, tuned: bool
 
 
 def _copy(rounds: int) -> tuple[Timing, int]:
-    """Time of one large device copy, and the bytes it reads and writes.
+    """Time of one large device copy, and the bytes that it reads and writes.
 
-    The faster of two: on an H200 the driver's own copy moves 2.7 TB/s inside a CUDA graph, an elementwise kernel 4.3.
+    The faster of two copies counts: inside a CUDA graph on an H200, the driver's own copy moves 2.7 TB/s, an elementwise
+    kernel 4.3.
     """
     free, _ = torch.cuda.mem_get_info()
     source = torch.empty(min(COPY_BYTES, free // 4) // 8, dtype=torch.int64, device=DEVICE).random_()
@@ -86,16 +87,16 @@ def _copy(rounds: int) -> tuple[Timing, int]:
 def _gpu_times(
     case: Case, rounds: int, wanted: int | None, tuned: bool, tell: Callable[[str], None]
 ) -> dict[str, Timing]:
-    """GPU time of each side on the same operands, each side's result held against float64 first."""
+    """GPU time of each side on the same operands. Each side's result is first compared with float64."""
     import torch._functorch.config as functorch_config
 
     backward = OPS[case.op].backward
     reset()  # or the shapes of earlier cases count against the recompile limit
-    gc.collect()  # whatever still refers to the last case's graphs holds their memory
+    gc.collect()  # references to the last case's graphs would keep their memory
     torch.cuda.empty_cache()
-    # A donated buffer is freed by the first backward; these run again and again (retain_graph).
+    # The first backward frees a donated buffer, but these backwards run repeatedly (retain_graph).
     with torch.set_grad_enabled(backward), functorch_config.patch(donated_buffer=False):
-        # Everything on one stream: graphs that share a pool must, and autograd's backward follows its forward there.
+        # Everything runs on one stream: graphs that share a pool must, and autograd runs a backward on its forward's stream.
         stream = torch.cuda.Stream()
         sides = sides_of(case.op, tuned=tuned)
         with torch.cuda.stream(stream):
@@ -123,7 +124,7 @@ def _gpu_times(
 def _check(
     case: Case, side: Side, captured: Captured, operands: Operands, exact: Sequence[torch.Tensor], eager: list[float]
 ) -> list[float]:
-    """Hold what a replay leaves behind against `exact`; returns eager's errors, which its own side, the first, sets."""
+    """Compare the results of a replay with `exact`. Returns eager's errors, which come from its own side, the first one."""
     given = [t for t in (*operands.inputs, operands.dy) if t is not None]
     outputs = captured.replayed_last(given)
     found = errors(outputs, exact)
@@ -144,7 +145,7 @@ def _sets(case: Case, sides: int, wanted: int | None) -> list[Operands]:
 
 
 def _host_cases(cases: Sequence[Case]) -> list[Case]:
-    """Of each forward op the case with the least work: CPU time does not depend on the shape."""
+    """For each forward op the case with the least work, since CPU time does not depend on the shape."""
     smallest: dict[str, Case] = {}
     for case in cases:
         if not OPS[case.op].backward:
@@ -156,8 +157,8 @@ def _host_cases(cases: Sequence[Case]) -> list[Case]:
 def _host_times(case: Case) -> dict[str, Timing]:
     """CPU time of a call without gradients on an idle GPU.
 
-    `eager` and `rewritten` are the graph of the same symbolic_trace, as it is and as the backend with inner="eager" runs
-    it. Both are called by `forward`, which leaves out the hooks of nn.Module.__call__.
+    `eager` and `rewritten` are the graph of the same symbolic_trace: once as it is, and once as the backend with
+    inner="eager" runs it. Both are called through `forward`, which leaves out the hooks of nn.Module.__call__.
     """
     op = OPS[case.op]
     reset()

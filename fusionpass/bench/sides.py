@@ -1,9 +1,9 @@
-"""The sides of a case: eager, compiled, this project's op; and the check that each computes what it should.
+"""The sides of a case: eager, compiled, this project's op; and the check that each one's result is right.
 
 eager     the expression as written
 compile   torch.compile(expression, dynamic=False, fullgraph=True)
 tuned     the same with coordinate_descent_tuning
-add       gated_add only: one torch.add(a, b), the same bytes without the gate, so what is within reach of a kernel. An op
+add       gated_add only: one torch.add(a, b), the same bytes without the gate. It shows what a kernel can reach. An op
           declares such a side as `beside` of its case
 here      torch.ops.fusionpass
 """
@@ -24,7 +24,7 @@ Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Side:
-    """A way to compute a case: `function` of the inputs, and the `expression` that is right for it in float64."""
+    """A way to compute a case: `function` of the inputs, and the `expression` that gives its right result in float64."""
 
     name: str
     function: Callable[..., Tensor]
@@ -32,7 +32,7 @@ class Side:
 
 
 def sides_of(op_name: str, *, tuned: bool) -> list[Side]:
-    """The sides of an op, eager first; what torch.compile made of an earlier case is not used again."""
+    """The sides of an op, eager first. Code that torch.compile made for an earlier case is not used again."""
     op = OPS[op_name]
     fixed = {"dynamic": False, "fullgraph": True}
     functions = {"eager": op.eager, "compile": torch.compile(op.eager, **fixed)}
@@ -44,9 +44,9 @@ def sides_of(op_name: str, *, tuned: bool) -> list[Side]:
 
 
 def calls_of(function: Callable[..., Tensor], sets: Sequence[Operands]) -> list[Call]:
-    """One call per set of operands. That of a backward has its forward behind it and may be called again and again.
+    """One call per set of operands. For a backward, the forward has run already, and the call may be repeated.
 
-    Autograd runs a backward on the stream of its forward, so call this on the stream that will be captured.
+    Autograd runs a backward on the stream of its forward. So call this on the stream that will be captured.
     """
     calls: list[Call] = []
     for inputs, dy in sets:
@@ -73,7 +73,7 @@ def as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def errors(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Relative error of each output in the Frobenius norm; nan where an element is."""
+    """Relative error of each output in the Frobenius norm; nan if an element is nan."""
     return [
         float((out.double() - right).norm() / right.norm().clamp_min(torch.finfo(torch.float64).tiny))
         for out, right in zip(outputs, exact, strict=True)
@@ -83,13 +83,13 @@ def errors(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 def ensure_right(
     case: Case, side: Side, found: Sequence[float], eager: Sequence[float], outputs: Sequence[Tensor]
 ) -> None:
-    """Hold each output's error against four times eager's.
+    """Check that each output's error is at most four times eager's.
 
-    Eager's error on n elements is itself a sample, and on one element it may be zero by luck: an ulp over sqrt(n) is
-    allowed on top.
+    Eager's error on n elements is itself a sample. On one element it may be zero by chance. So an ulp over sqrt(n) is
+    allowed in addition.
 
     Raises:
-        RuntimeError: the side computes something else; a time for it would mean nothing.
+        RuntimeError: the side computes something else, so its time would mean nothing.
     """
     for index, (error, reference, output) in enumerate(zip(found, eager, outputs, strict=True)):
         allowed = 4 * reference + torch.finfo(output.dtype).eps / max(output.numel(), 1) ** 0.5

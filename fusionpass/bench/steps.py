@@ -1,8 +1,8 @@
 """End to end: ms per decode step or prefill of a whole model, each mode without fusionpass and with it.
 
-The model has random weights and decodes one token per sequence against a static cache. Sides take turns within a round,
-so that what drifts, drifts for all. A time is wall time from the first call to the last kernel's end, per step: in eager
-it is the host's, under CUDA graphs the device's.
+The model has random weights and decodes one token per sequence with a static cache. Sides take turns within a round, so
+that a drift affects all of them. A time is the wall time from the first call to the end of the last kernel, per step. In
+eager this is the host's time, under CUDA graphs the device's.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fusionpass.entry import backend
 from fusionpass.operators import OPS
 from fusionpass.private import reset
 
-STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache of so many tokens is cheap
-WARM_UP = 4  # a CUDA-graph tree warms up, records, and only then replays
-OURS = tuple(op.name for op in OPS if op.direct is not None)  # with which the names of their kernels begin
+STEPS, PREFILLS = 16, 2  # calls per sample: the host's jitter averages out, and a cache for so many tokens is cheap
+WARM_UP = 4  # a CUDA-graph tree warms up and records before it replays
+OURS = tuple(op.name for op in OPS if op.direct is not None)  # the names of their kernels begin with these
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Side:
     spread_ms: float  # half the range
     kernels: int
     rewrites: int | None  # None without the pass
-    share: float | None  # of the kernels' time that is fusionpass's own kernels
+    share: float | None  # the part of the kernels' time that fusionpass's own kernels take
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cell:
 
     mode: str
     batch: int
-    tokens: int  # of a prefill; 0 is a decode step
+    tokens: int  # tokens of a prefill; 0 means a decode step
     plain: Side
     fused: Side
 
@@ -59,7 +59,7 @@ class Cell:
 
 
 def named(target: str, layers: int | None, experts: str | None) -> str:
-    """The model as it was built, for a table's head."""
+    """The model as it was built, for the head of a table."""
     cut = "" if layers is None else f", {layers} layers"
     return target + cut + ("" if experts is None else f", {experts} experts")
 
@@ -74,7 +74,7 @@ class ModelRun:
     torch: str
     rounds: int
     cells: list[Cell]
-    experts: str | None = None  # transformers' implementation of them, where one was named
+    experts: str | None = None  # transformers' implementation of the experts, if one was named
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -96,13 +96,13 @@ class ModelRun:
         return (
             f"{model}, {self.device}, torch {self.torch}; ms per step, median of {self.rounds} rounds\n\n"
             + tabulate(body, heads, colalign=["left"] * 2 + ["right"] * 7, **kind)
-            + "\n\nshare: of the kernels' time with fusionpass that its own kernels take; "
+            + "\n\nshare: the part of the kernels' time with fusionpass that its own kernels take; "
             "~: a tie, the difference is below the sum of the spreads."
         )
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights that keep activations finite; some models leave their experts' as the memory was."""
+    """Random weights that keep activations finite. Some models leave their experts' weights uninitialised."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -180,19 +180,19 @@ def forward_of(model: torch.nn.Module, mode: str, fused: bool) -> Callable[..., 
 
 
 def decode(model: torch.nn.Module, batch: int) -> tuple[Callable, Callable[[], None]]:
-    """A step of one token per sequence, and what empties the cache again."""
+    """A step of one token per sequence, and a function that empties the cache again."""
     from transformers import StaticCache
 
     ids = torch.randint(0, _vocabulary(model), (batch, 1), device=model.device)
     cache = StaticCache(config=model.config, max_cache_len=4 * STEPS)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)  # allocates it, before anything is compiled
+    model(input_ids=ids, past_key_values=cache, use_cache=True)  # allocates the cache before anything is compiled
 
     def call(forward):
         torch.compiler.cudagraph_mark_step_begin()
         return forward(input_ids=ids, past_key_values=cache, use_cache=True)
 
     def rewind():
-        """To the first token; `cache.reset` would have linear attention compile its prefill as well."""
+        """Go back to the first token. `cache.reset` would make linear attention compile its prefill as well."""
         for layer in cache.layers:
             length = getattr(layer, "cumulative_length", None)
             if length is not None:
@@ -216,7 +216,7 @@ def _vocabulary(model: torch.nn.Module) -> int:
 
 
 def profiled(call: Callable[[], Any]) -> tuple[int, float]:
-    """Kernels of one call, and the share of their time that is ours."""
+    """How many kernels one call has, and the share of their time that our kernels take."""
     call()
     synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:

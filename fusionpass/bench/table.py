@@ -76,7 +76,7 @@ def _host_table(costs: list[HostCost], markdown: bool) -> str:
 
 
 def _tabulated(body: list[list[str]], heads: list[str], markdown: bool, left: int) -> str:
-    """The first `left` columns are words, the others numbers."""
+    """A table. The first `left` columns are words, the others are numbers."""
     align = ["left"] * left + ["right"] * (len(heads) - left)
     style = "github" if markdown else "simple"
     return tabulate(body, heads, tablefmt=style, disable_numparse=True, colalign=align)
@@ -86,15 +86,15 @@ def _legend(run: Run, code: Callable[[str], str]) -> str:
     lines = ["limit: the bytes of the formula, each read or written once, at the bandwidth of the copy."]
     if any("add" in row.sides for row in run.measurements):
         lines.append("add: one torch.add(a, b), which moves the same bytes without the gate.")
-    cut = ", of CPU times without the fastest and slowest few" if run.cpu else ""
-    lines.append("sets: of operands, taken in turn; where one turn reads more than the L2 cache, from memory.")
+    cut = "; for CPU times without the fastest and slowest few" if run.cpu else ""
+    lines.append("sets: sets of operands, used in turn; from memory if one turn reads more than the L2 cache.")
     lines.append(f"{code('±')}: half the range of the samples{cut}.")
     lines.append(f"{code('~')}: a tie, the difference is below the sum of the two spreads.")
     return "\n".join(lines)
 
 
 def _us(us: float) -> str:
-    """About three digits, and never an exponent."""
+    """About three digits, never with an exponent."""
     return f"{us:.2f}" if us < 9.995 else f"{us:.1f}" if us < 99.95 else f"{us:.0f}"
 
 

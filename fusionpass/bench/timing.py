@@ -1,20 +1,20 @@
 """GPU time by replays of CUDA graphs over rotating buffers, CPU time by loops of calls; both interleaved.
 
-GPU time. A graph holds at least 32 calls of one side, each on the next of several sets of operands, so that launches
-cost nothing and few inputs are found in the L2 cache: one turn through the sets reads at least twice the cache, or
-there are 128 sets. (One row of 4096 in bf16 is 8 KB, so at few rows all sets together do fit in an L2 of 50 MB, and the
-limit from the copy's bandwidth can then be beaten. And a side that marks what it has read as first to leave the cache,
-as some of Inductor's kernels do, finds part of it there the next time round: on an H200 that was worth 14% at 32 x 2048
-here, nothing where the inputs are in the cache anyway, as in a model's decode, and cost 8% at 16384 x 4096.)
-Each call writes memory of its own. The graphs of all sides of a case share one memory pool: they never run at once,
-nobody reads what they wrote, and so all sides write the same addresses. A sample is the time between two CUDA events
-around replays of at least 2 ms, over the number of calls.
+GPU time. A graph holds at least 32 calls of one side, each on the next of several sets of operands. So launches cost
+nothing, and few inputs are found in the L2 cache: one turn through the sets reads at least twice the cache, or there are
+128 sets. (One row of 4096 in bf16 is 8 KB. So at few rows all sets together do fit in an L2 of 50 MB, and a time can then
+be below the limit from the copy's bandwidth. Some of Inductor's kernels mark what they have read as first to leave the
+cache. Such a side finds part of it there in the next turn. On an H200 this saved 14% at 32 x 2048 here, saved nothing where
+the inputs are in the cache anyway, as in a model's decode, and cost 8% at 16384 x 4096.) Each call writes memory of its
+own. The graphs of all sides of a case share one memory pool. They never run at the same time, and nobody reads what they
+wrote, so all sides write the same addresses. A sample is the time between two CUDA events around replays of at least 2 ms,
+divided by the number of calls.
 
-CPU time. A sample is the host's time for a chunk of calls, over their number, with the GPU idle before it and too few
-launches in it to fill the queue, where the host would wait for the GPU.
+CPU time. A sample is the host's time for a chunk of calls, divided by their number. The GPU is idle before it, and the
+chunk has too few launches to fill the queue. With a full queue the host would wait for the GPU.
 
-Samples of the sides alternate (A B C A B C ...), so that a drift of clocks or load meets all alike; the first round is
-thrown away.
+Samples of the sides alternate (A B C A B C ...), so that a drift of clocks or load affects all in the same way. The first
+round is thrown away.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from torch import Tensor
 from fusionpass.bench.results import Timing
 from fusionpass.bench.sides import Call, as_tuple
 
-Side = TypeVar("Side", bound=Hashable)  # what a side goes by
+Side = TypeVar("Side", bound=Hashable)  # the name of a side
 
 MIN_SETS, MAX_SETS = 2, 128
 MIN_CALLS = 32  # per graph
 WARM_UP = 3  # calls before the capture; the first one compiles
-REGION_US = 2000.0  # of GPU time per sample: event resolution is 0.5 us
-MEMORY_SHARE = 4  # operands, and likewise outputs, take at most one part in four of the free memory
+REGION_US = 2000.0  # GPU time per sample: event resolution is 0.5 us
+MEMORY_SHARE = 4  # operands take at most a fourth of the free memory, and outputs too
 
-# Launches that wait for the GPU are limited to 1024; the longest eager side has 5 kernels a call, so 750 a chunk.
+# At most 1024 launches can wait for the GPU. The longest eager side has 5 kernels per call, so 750 per chunk.
 CHUNK = 150
 CHUNKS = 21
-OUTLIERS = 3  # chunks left out at each end of the spread: the host does other things too
+OUTLIERS = 3  # how many chunks the spread leaves out at each end: the host does other things too
 
 
 def set_count(wanted: int | None, read_bytes: int, set_bytes: int, cache_bytes: int, free_bytes: int) -> int:
     """How many sets of operands to rotate through.
 
     Args:
-        wanted: what the caller asks for; None: enough to read twice the cache, from MIN_SETS to MAX_SETS.
-        read_bytes: what one call reads.
-        set_bytes: what one set takes of the memory.
+        wanted: the number that the caller asks for; None: enough to read twice the cache, from MIN_SETS to MAX_SETS.
+        read_bytes: bytes that one call reads.
+        set_bytes: bytes of memory that one set takes.
         cache_bytes, free_bytes: L2 cache and free memory of the GPU.
     """
     fitting = free_bytes // MEMORY_SHARE // set_bytes
@@ -68,10 +68,10 @@ def call_count(sets: int) -> int:
 
 
 class Captured:
-    """A CUDA graph of `calls`, and the operands it reads, which must live as long as it does."""
+    """A CUDA graph of `calls`, and the operands that it reads, which must live as long as the graph."""
 
     def __init__(self, calls: Sequence[Call], count: int, stream: torch.cuda.Stream, pool: tuple[int, int]):
-        """Warm up on `stream` and capture `count` calls, in turn; nothing has run in the graph yet."""
+        """Warm up on `stream` and capture `count` calls, in turn. The graph itself has not run yet."""
         self._calls = calls
         self._count = count
         self.graph = torch.cuda.CUDAGraph()
@@ -79,7 +79,7 @@ class Captured:
             for i in range(WARM_UP):
                 outputs = as_tuple(calls[i % len(calls)]())
         stream.synchronize()
-        # Results that are kept are not written again. Where memory is short the oldest go; by then many others followed.
+        # A result that is kept is not overwritten. If memory is short, the oldest are dropped; many calls came after them.
         free, _ = torch.cuda.mem_get_info()
         fitting = free // MEMORY_SHARE // max(sum(t.nbytes for t in outputs), 1)
         del outputs
@@ -91,9 +91,9 @@ class Captured:
         self._kept: deque[tuple[Tensor, ...]] | None = kept
 
     def replayed_last(self, operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Outputs of the last call after one replay; what the replay does not write is nan.
+        """Outputs of the last call after one replay. What the replay does not write is nan.
 
-        `operands` are the tensors of that call: an output that is one of them, as da is dy, stays as it is.
+        `operands` are the tensors of that call. An output that is one of them, as da is dy, is not changed.
         """
         given = {t.data_ptr() for t in operands}
         for output in self.last:
@@ -125,7 +125,7 @@ class Captured:
 
 
 def interleaved(samplers: Mapping[Side, Callable[[], float]], rounds: int, *, outliers: int = 0) -> dict[Side, Timing]:
-    """`rounds` samples of each side in turn, after one round that does not count; samplers give microseconds."""
+    """`rounds` samples of each side in turn, after one round that does not count. Samplers give microseconds."""
     samples: dict[Side, list[float]] = {name: [] for name in samplers}
     for number in range(rounds + 1):
         for name, sampler in samplers.items():
@@ -148,7 +148,7 @@ def gpu_times(graphs: Mapping[str, Captured], rounds: int) -> dict[str, Timing]:
 def host_times(
     calls: Mapping[str, Call], synchronize: Callable[[], None], *, chunks: int = CHUNKS
 ) -> dict[str, Timing]:
-    """CPU time per call of each side; `synchronize` waits for the device, outside of what is timed."""
+    """CPU time per call of each side. `synchronize` waits for the device, outside of the timed part."""
 
     def sampler(call: Call) -> Callable[[], float]:
         def sample() -> float:
@@ -161,7 +161,7 @@ def host_times(
         return sample
 
     collecting = gc.isenabled()
-    gc.disable()  # a collection would be charged to whichever side it meets
+    gc.disable()  # a collection would be counted for the side in which it happens
     try:
         return interleaved({name: sampler(call) for name, call in calls.items()}, chunks, outliers=OUTLIERS)
     finally:

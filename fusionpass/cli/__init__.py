@@ -24,14 +24,14 @@ examples:
   fusionpass report mymodel.py:Block --dtype bf16 --input "bf16[64,2048]" --diff
       your own module, with the graph's code before and after
   fusionpass report ./checkpoint --layers 4 --expect 4 --format json -o report.json
-      a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, which holds the count in CI
+      a folder with a config.json, cut to 4 layers; exits 1 unless 4 sites are rewritten, to check the count in CI
   fusionpass bench --op gate_projected_add --tokens 1,32 --hidden 4096
       GPU and CPU time of an op beside eager and torch.compile, on a machine with a CUDA GPU
 
 exit codes:
   0  fine
   1  expectation not met: --expect N and another count, --strict and nothing rewritten, --check and a worse ratio
-  2  bad input, told in one line on standard error
+  2  bad input; one line on standard error says what is wrong
 """
 
 REPORT_DESCRIPTION = """\
@@ -39,7 +39,7 @@ Capture TARGET with torch.compile, run the pass, and report every site, every ne
 
 TARGET is one of
   qwen3_next             a Hugging Face model type: built from its default config
-  ./folder  org/name     a folder with a config.json, or a hub id (reads config.json from the network): built likewise
+  ./folder  org/name     a folder with a config.json, or a hub id (its config.json is read from the network)
   file.py:name           an nn.Module, its class, a function, or a function of no arguments that returns a module;
   package.module:name    inputs come from example_inputs beside it (a tuple or dict, or a function that returns one)
                          or from --input
@@ -63,14 +63,14 @@ exit codes: 0 fine; 1 --expect or --strict not met; 2 bad input
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong argument in one line, where argparse would print the usage before it."""
+    """Says in one line what is wrong with an argument. argparse itself would print the usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 class _CommandParser(_Parser):
-    """A command's own arguments: it tells those it does not know, where argparse leaves that to `fusionpass`."""
+    """A command's own arguments. It reports unknown ones itself; argparse would leave this to `fusionpass`."""
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
@@ -136,7 +136,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
     judge.add_argument(
         "--verify",
         action="store_true",
-        help="run each site's op against the nodes it replaces, on random inputs; exit 1 when one differs",
+        help="run each site's op and the nodes it replaces on random inputs; exit 1 if their results differ",
     )
     sizes = report.add_argument_group("Hugging Face targets")
     sizes.add_argument(
@@ -164,7 +164,7 @@ def _add_report(report: argparse.ArgumentParser) -> None:
         "--numerics",
         choices=("fp32", "eager"),
         default="fp32",
-        help="fp32 rounds once, at the store; eager gives the unfused nodes' bits; default: fp32",
+        help="fp32 rounds once, at the store; eager gives the bits of the unfused nodes; default: fp32",
     )
 
 
@@ -176,7 +176,7 @@ def _count_from(least: int):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     with interrupts() as ctrl_c:
         try:
             status = _main(argv, ctrl_c)
@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None, ctrl_c: Interrupts) -> int:
     try:
         arguments = parser().parse_args(argv)
-    except SystemExit as done:  # argparse leaves this way, after --help and --version too
+    except SystemExit as done:  # argparse leaves in this way, also after --help and --version
         return done.code if isinstance(done.code, int) else 2
     from fusionpass.cli.quiet import wants_traceback
 
@@ -196,7 +196,7 @@ def _main(argv: Sequence[str] | None, ctrl_c: Interrupts) -> int:
         return _run(arguments)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever it is, the user reads one line; the variable shows the rest
+    except BaseException as error:  # for any error the user reads one line; the variable shows the rest
         if wants_traceback():
             import traceback
 
@@ -209,7 +209,7 @@ def _main(argv: Sequence[str] | None, ctrl_c: Interrupts) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal of another encoding shows what it lacks as \\x escapes
+        if hasattr(stream, "reconfigure"):  # a terminal with another encoding shows missing characters as \\x escapes
             stream.reconfigure(errors="backslashreplace")
     if arguments.command == "rules":
         from fusionpass.cli.files import print_out
@@ -227,7 +227,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    """The error in one line: ours are sentences already, any other gets its type and the way to its traceback."""
+    """The error in one line. Ours are sentences already. Any other gets its type, and how to see its traceback."""
     from fusionpass.targets.types import TargetError, one_line
 
     if type(error) in (TargetError, ValueError):

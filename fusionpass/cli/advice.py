@@ -16,7 +16,7 @@ _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"} 
 
 
 def given(target: Target, arguments: argparse.Namespace) -> str:
-    """The target in the user's words, with what was said about its inputs."""
+    """The target in the user's words, with the options given for its inputs."""
     dtype = [f"--dtype {arguments.dtype}"] if arguments.dtype else []
     inner = [] if arguments.inner == "eager" else [f"--inner {arguments.inner}"]
     specs = [*dtype, *(f'--input "{spec}"' for spec in arguments.input or ()), *inner]
@@ -24,7 +24,7 @@ def given(target: Target, arguments: argparse.Namespace) -> str:
 
 
 def advice(target: Target, arguments: argparse.Namespace, error: BaseException) -> str:
-    """The next step, with a semicolon behind it; "" when nothing is known to help."""
+    """The next step, with a semicolon after it; "" if nothing is known to help."""
     text = f"{error} {error.__cause__}"
     if asked_for(error):
         return f"make {_sizes(arguments)} smaller, or use --device meta; "
@@ -42,7 +42,7 @@ def _sizes(arguments: argparse.Namespace) -> str:
 
 
 def _of_dtypes(target: Target, arguments: argparse.Namespace) -> str:
-    """For inputs of another dtype than the parameters of the module."""
+    """The advice if the inputs have another dtype than the parameters of the module."""
     if not isinstance(target.model, torch.nn.Module):
         return ""
     dtypes = {parameter.dtype for parameter in target.model.parameters() if parameter.is_floating_point()}

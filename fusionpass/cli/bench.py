@@ -1,4 +1,4 @@
-"""`fusionpass bench`: measure on a CUDA GPU or take a saved run, show it, keep it, and hold it against a baseline."""
+"""`fusionpass bench`: measure on a CUDA GPU or take a saved run, show it, keep it, and compare it with a baseline."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusionpass.cli.progress import Progress
 from fusionpass.cli.quiet import quiet
 
 DEFAULT_TOLERANCE = 0.05
-# What decides what is measured, by attribute: none of it has a meaning for a run that is saved already.
+# The options that say what is measured, by attribute. For a saved run they have no meaning.
 MEASURING = {
     "op": "--op",
     "tokens": "--tokens",
@@ -83,7 +83,7 @@ def _load(path: Path, option: str) -> Run:
         return Run.from_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{option} {str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # of the text, or of its encoding
+    except ValueError as error:  # the text is wrong, or its encoding
         why = f"{error}; give a file that fusionpass bench --json has written"
         raise ValueError(f"{option} {str(path)!r} cannot be used: {why}") from error
 
@@ -105,7 +105,7 @@ def _measured(arguments: argparse.Namespace, baseline: Run | None) -> Run:
 
 
 def _cases(arguments: argparse.Namespace, baseline: Run | None) -> list[Case]:
-    """The grid that was asked for, by default the baseline's own cases, which --op and --dtype narrow down."""
+    """The requested grid. By default the baseline's own cases, of which --op and --dtype select some."""
     if baseline is None or arguments.tokens or arguments.hidden:
         cases = grid(
             arguments.op and dict.fromkeys(arguments.op),
@@ -129,8 +129,8 @@ def _dtype(baseline: Run | None) -> str:
 def _compared(baseline: Run, run: Run, arguments: argparse.Namespace) -> Comparison:
     if baseline.sets != run.sets:
         raise ValueError(
-            f"--check {str(arguments.check)!r} was measured with {_sets(baseline)}, the run with {_sets(run)}: ratios of "
-            "operands in the cache and out of it do not compare; leave --sets out to measure as the baseline was"
+            f"--check {str(arguments.check)!r} was measured with {_sets(baseline)}, the run with {_sets(run)}: ratios with "
+            "operands in the cache and out of it cannot be compared; leave --sets out to measure as the baseline was"
         )
     found = compare(baseline, run, _tolerance(arguments))
     if found.ratios == 0:
@@ -145,7 +145,7 @@ def _sets(run: Run) -> str:
 
 
 def _judged(found: Comparison, arguments: argparse.Namespace) -> int:
-    """One line on standard error per worsened ratio, or one that says how many were held."""
+    """One line on standard error per worsened ratio, or one line that says how many ratios were compared."""
     for worsened in found.worsened:
         print(worsened.line(_tolerance(arguments)), file=sys.stderr)
     if found.worsened:

@@ -1,4 +1,4 @@
-"""The arguments and the help of `fusionpass bench`; imports nothing that takes time."""
+"""The arguments and the help of `fusionpass bench`. It imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DESCRIPTION = """\
 With a TARGET, a Hugging Face model type, folder or hub id: ms per decode step of the whole model with random weights
 and a static cache, in eager, torch.compile and torch.compile(mode="reduce-overhead"), without fusionpass and with it.
 
-Without: measure every op on a CUDA GPU, on a grid of shapes [T, H], against eager, torch.compile, torch.compile with
-coordinate_descent_tuning, and the limit that the bandwidth of a device copy sets.
+Without a TARGET: measure every op on a CUDA GPU, on a grid of shapes [T, H], against eager, torch.compile, torch.compile
+with coordinate_descent_tuning, and the limit that the bandwidth of a device copy sets.
 
-GPU time is that of CUDA-graph replays over rotating buffers, CPU time that of plain calls. Each side's result is held
-against float64 before it is timed. The whole default grid compiles about 200 functions and takes a while; --op,
+GPU time is the time of CUDA-graph replays over rotating buffers, CPU time that of plain calls. Each side's result is
+compared with float64 before it is timed. The whole default grid compiles about 200 functions and takes a while; --op,
 --tokens, --hidden and --no-tuned make it shorter."""
 
 EPILOG = """\
@@ -31,8 +31,8 @@ examples:
   fusionpass bench --from run.json --plot run.svg
       shows a saved run; needs no GPU
 
---check compares ratios, not microseconds, and reports no difference below the noise: a ratio's noise is its value times
-the sum of both sides' relative spreads, and the noises of the two runs add up.
+--check compares ratios, not microseconds, and reports no difference below the noise. A ratio's noise is its value times
+the sum of both sides' relative spreads. The noises of the two runs are added.
 
 exit codes: 0 fine; 1 a ratio has worsened; 2 bad input or no CUDA GPU
 """
@@ -47,7 +47,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
     model = bench.add_argument_group("a whole model")
     model.add_argument("--layers", type=_sets, metavar="N", help="keep the first N layers; default: all")
     model.add_argument("--experts", metavar="NAME", help=f"{EXPERTS_HELP}; generate decodes with batched_mm")
-    model.add_argument("--batch", type=_sizes, metavar="B,B", help="sequences that decode; default: 1,8,32,128")
+    model.add_argument("--batch", type=_sizes, metavar="B,B", help="sequences to decode; default: 1,8,32,128")
     model.add_argument(
         "--prefill",
         type=_sizes,
@@ -58,7 +58,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "--mode",
         type=_modes,
         metavar="NAME,NAME",
-        help=f"of {', '.join(MODES)}; default: all of them, two compilations each but for eager's",
+        help=f"some of {', '.join(MODES)}; default: all, with two compilations each, except eager",
     )
     model.add_argument(
         "--compile-time",
@@ -87,16 +87,16 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "--sets",
         type=_sets,
         metavar="N",
-        help="rotate through N sets of operands: few stay in the L2 cache, as in decode, where the kernels before have "
-        "just written them; default: until one turn reads twice the cache, at most 128",
+        help="rotate through N sets of operands. A few sets stay in the L2 cache, as in decode, where the kernels before "
+        "have just written the operands; default: enough for one turn to read twice the cache, at most 128",
     )
     what.add_argument("--no-tuned", action="store_true", help="leave out coordinate_descent_tuning, the slow compile")
-    what.add_argument("--from", dest="saved", type=_file, metavar="RUN.json", help="measure nothing, take a saved run")
+    what.add_argument("--from", dest="saved", type=_file, metavar="RUN.json", help="show a saved run, measure nothing")
     output = bench.add_argument_group("output")
     output.add_argument("--format", choices=("table", "markdown"), default="table", help="default: table")
     output.add_argument("--json", type=_file, metavar="FILE", help="save the run to FILE")
     output.add_argument(
-        "--plot", type=_file, metavar="FILE", help="draw the run to FILE, by its suffix a .png, .svg or .pdf"
+        "--plot", type=_file, metavar="FILE", help="draw the run to FILE, whose suffix is .png, .svg or .pdf"
     )
     judge = bench.add_argument_group("comparison")
     judge.add_argument(
@@ -106,7 +106,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         help="exit 1 if a ratio is worse than in this saved run; measures its cases unless --tokens or --hidden is given",
     )
     judge.add_argument(
-        "--tolerance", type=_tolerance, metavar="P", help="what a ratio may grow by, as 5%% or 0.05; default: 5%%"
+        "--tolerance", type=_tolerance, metavar="P", help="how much a ratio may grow, as 5%% or 0.05; default: 5%%"
     )
 
 
@@ -147,7 +147,7 @@ def _file(text: str) -> Path:
 
 
 def _tolerance(text: str) -> float:
-    """A percentage, or a fraction below 1: a plain 5 could be meant either way."""
+    """A percentage, or a fraction below 1. A plain 5 is refused, since it could mean either."""
     percent = text.endswith("%")
     try:
         value = float(text[:-1] if percent else text)

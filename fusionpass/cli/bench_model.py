@@ -13,7 +13,7 @@ from fusionpass.cli.quiet import quiet
 
 DEFAULT_BATCHES = (1, 8, 32, 128)
 DEFAULT_ROUNDS = 7
-# What measures single ops, by attribute.
+# The options for measuring single ops, by attribute.
 OF_OPS = {
     "op": "--op",
     "tokens": "--tokens",
@@ -36,7 +36,7 @@ OF_MODELS = {
 
 
 def refuse(arguments: argparse.Namespace) -> None:
-    """Options of the other kind of benchmark.
+    """Refuse options of the other kind of benchmark.
 
     Raises:
         ValueError: one is given, and would have no effect.
@@ -56,7 +56,7 @@ def refuse(arguments: argparse.Namespace) -> None:
 
 
 def bench_model_command(arguments: argparse.Namespace) -> int:
-    """0; the table is what a user decides by.
+    """Returns 0: the table is for the user to judge.
 
     Raises:
         ValueError: bad input or no CUDA GPU, told in one sentence.

@@ -21,7 +21,7 @@ def diffs(report: Report, context: int = 3) -> str:
 
 
 def appended(text: str, report: Report, style: str) -> str:
-    """`text` with the diff behind it, in the way its format shows code; JSON has the code in its graphs already."""
+    """`text` with the diff after it, in the way in which its format shows code. JSON has the code in its graphs already."""
     if style == "json":
         return text
     changed = diffs(report)

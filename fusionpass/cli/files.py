@@ -1,4 +1,4 @@
-"""Where a command's results go: standard output, or a file that is known to be writable before a long run."""
+"""Where a command's results go: standard output, or a file. Before a long run the file is checked to be writable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fusionpass.targets.types import TargetError
 
 
 def print_out(text: str) -> None:
-    """To standard output; a reader that has seen enough (`| head`) is no error.
+    """Write to standard output. A reader that stops early (`| head`) is no error.
 
     Raises:
         TargetError: standard output takes nothing more, as on a full disk.
@@ -18,14 +18,14 @@ def print_out(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # Python flushes standard output once more at exit, which must not fail again.
+        # Python flushes standard output once more at exit. This must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             raise TargetError(f"standard output cannot be written: {_why(error)}, use -o FILE elsewhere") from error
 
 
 def ensure_writable(output: Path, option: str) -> None:
-    """Before a long run, whose result would have nowhere to go.
+    """Check the file before a long run, so that the result can be written after it.
 
     Raises:
         TargetError: names the option, the file and what is in the way.
@@ -44,13 +44,14 @@ def _obstacle(output: Path) -> str:
         return f"there is no folder {str(folder)!r}, make it first"
     if output.is_dir():
         return "it is a folder, name a file in it"
-    if not output.exists() or output.is_file():  # opening a pipe or a device may wait for its other end
+    if not output.exists() or output.is_file():  # opening a pipe or a device may block until its other end is open
         _open_once(output)
     return ""
 
 
 def _open_once(output: Path) -> None:
-    """Open it for writing, which tells a read-only file system from a missing permission, and leave all as it was."""
+    """Open it for writing and leave everything as it was. The error shows whether the file system is read-only or a
+    permission is missing."""
     is_new = not output.exists()
     with open(output, "ab"):
         pass
@@ -59,7 +60,7 @@ def _open_once(output: Path) -> None:
 
 
 def write(output: Path, text: str, option: str) -> None:
-    """The text and a newline.
+    """Write the text and a newline.
 
     Raises:
         TargetError: as for `ensure_writable`.

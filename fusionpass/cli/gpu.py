@@ -6,10 +6,11 @@ import os
 
 
 def ensure_gpu(what: str, instead: str = "") -> None:
-    """`what` needs a GPU, as "bench measures kernels"; `instead`, from its comma on, is what can be done without one.
+    """Raise if there is no GPU. `what` needs it, such as "bench measures kernels". `instead` begins with a comma and
+    says what can be done without a GPU.
 
     Raises:
-        ValueError: torch finds none, or Triton's interpreter is on; one sentence says what to do.
+        ValueError: torch finds no GPU, or Triton's interpreter is on. One sentence says what to do.
     """
     import torch
 

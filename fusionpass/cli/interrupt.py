@@ -1,4 +1,4 @@
-"""Ctrl-C inside the command: exit code 130 and no traceback, also where other code has taken the interrupt for its own."""
+"""Ctrl-C inside the command: exit code 130 and no traceback, also if other code has swallowed the interrupt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["INTERRUPTED", "Interrupts", "interrupts"]
 
 
 class Interrupts:
-    """Whether Ctrl-C was pressed: a compiler may raise something else for it, and a callback of C code drops it."""
+    """Whether Ctrl-C was pressed. A compiler may raise another error for it, and a callback of C code drops it."""
 
     pressed = False
 
@@ -26,7 +26,7 @@ class Interrupts:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Count Ctrl-C inside the block, where the process leaves it to Python; a handler of the caller's stays."""
+    """Count Ctrl-C inside the block, if Python's own handler is set. Another handler of the caller stays."""
     found = Interrupts()
     hook = sys.unraisablehook
     ours = _is_pythons(signal.getsignal(signal.SIGINT)) and threading.current_thread() is threading.main_thread()

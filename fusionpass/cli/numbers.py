@@ -11,7 +11,7 @@ def whole_number(text: str, least: int, why: str = "") -> int:
     """The number that `text` is.
 
     Raises:
-        ArgumentTypeError: it is none, or one below `least`, or too large for anything that is counted.
+        ArgumentTypeError: it is no whole number, or below `least`, or too large for any count.
     """
     if not is_whole(text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up{why}")

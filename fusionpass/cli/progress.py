@@ -1,4 +1,4 @@
-"""One line on a terminal that says what a long command is at; nothing anywhere else."""
+"""One line on a terminal that says what a long command is doing. Elsewhere it shows nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import TracebackType
 from typing import TextIO
 
 PERIOD_S = 0.2
-PATIENCE_S = 1.0  # a command done before this shows nothing
+PATIENCE_S = 1.0  # a command that is done before this shows nothing
 BAR = 20  # characters
 
 
 class Progress:
-    """`with Progress() as progress:` shows the stage and the elapsed seconds, and leaves a clean line behind."""
+    """`with Progress() as progress:` shows the stage and the elapsed seconds, and clears the line at the end."""
 
     def __init__(self, stream: TextIO | None = None):
         self._stream = sys.stderr if stream is None else stream
@@ -29,7 +29,7 @@ class Progress:
         self._stage = text
 
     def fraction(self, done: int, total: int) -> None:
-        """Show a bar beside the stage: `done` of `total` steps are behind."""
+        """Show a bar beside the stage: `done` of `total` steps are done."""
         filled = BAR * done // total
         self._bar = f" [{'#' * filled}{'.' * (BAR - filled)}] {done}/{total}"
 

@@ -1,8 +1,8 @@
-"""Keep standard output for the report: prints go to standard error, and library chatter stays silent.
+"""Keep standard output for the report: prints go to standard error, and messages of libraries are not shown.
 
-What a library says in passing (a fast path is missing, a function recompiles) would drown the report; what goes wrong
-arrives as an exception and is told. TORCH_LOGS, TRANSFORMERS_VERBOSITY or FUSIONPASS_TRACEBACK in the environment
-brings it all back, PYTHONWARNINGS (or -W) the warnings.
+The remarks of libraries (a fast path is missing, a function recompiles) would hide the report. A real problem arrives as an
+exception, and is shown. TORCH_LOGS, TRANSFORMERS_VERBOSITY or FUSIONPASS_TRACEBACK in the environment brings all
+messages back. PYTHONWARNINGS (or -W) brings the warnings back.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 
 class _WithoutTracebacks:
-    """A stream less the traceback that a `GraphModule` prints before it raises the error, which is told by itself."""
+    """A stream without the traceback that a `GraphModule` prints before it raises the error. The error is shown anyway."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

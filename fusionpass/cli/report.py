@@ -99,7 +99,7 @@ def _capture(target: Target, options: dict[str, object], arguments: argparse.Nam
             return capture(*call, target=target.name, keep_code=keep_code, **options)
     except (VerificationFailed, KeyboardInterrupt):
         raise
-    except BaseException as error:  # the target's own code runs here, and may raise anything, or call sys.exit
+    except BaseException as error:  # the target's own code runs here. It may raise anything, or call sys.exit
         raise TargetError(
             f"{given(target, arguments)} cannot be captured: {one_line(error)}; "
             f"{advice(target, arguments, error)}{TRACEBACK}=1 shows the traceback"
@@ -125,7 +125,7 @@ def _rendered(report: Report, style: str, diff: bool) -> str:
 
 
 def _judged(report: Report, arguments: argparse.Namespace) -> int:
-    """Hold the count against `--expect` and `--strict`; a miss is one line on standard error."""
+    """Compare the count with `--expect` and `--strict`. If they are not met, one line on standard error says so."""
     captured, found = len(report.rewrites), report.executed
     if arguments.expect is not None and found != arguments.expect:
         shared = f" ({captured} captured, shared by layers)" if captured != found else ""

@@ -1,1 +1,1 @@
-"""How people start the pass: `fuse`, `torch.compile`, `rewrite`, `explain`, `collect`; and what a call of theirs does."""
+"""How people start the pass: `fuse`, `torch.compile`, `rewrite`, `explain`, `collect`; and what their call does."""

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="fusionpass")`: rewrite Dynamo's graph, then hand it to the inner compiler.
 
-The rewriting happens in the backend function, ahead of the inner compiler, so that the report is complete on a warm cache
-(the backend still runs there, passes inside Inductor do not), training works, and the caches key on the rewritten graph.
+The backend function rewrites the graph before the inner compiler gets it. So the report is complete on a warm cache
+too, where the backend still runs and passes inside Inductor do not. Training works, and the caches key on the rewritten
+graph.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ def fusionpass(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """The backend registered under the name "fusionpass"; `torch.compile` calls it, users name it.
+    """The backend registered under the name "fusionpass". Users give the name, and `torch.compile` calls it.
 
     Args:
         graph_module: Dynamo's graph, rewritten in place.
         example_inputs: its inputs.
-        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...). torch.compile admits no `options` beside it; there
-            it is the option `mode`.
+        mode: an Inductor mode ("reduce-overhead", "max-autotune", ...). torch.compile does not take `mode` and `options`
+            together. If you need both, use the option `mode`.
         options: the options of `fusionpass.fuse`; here `inner` defaults to "inductor".
 
     Raises:
@@ -55,7 +56,7 @@ fusionpass.reset = nothing_rewritten.forget  # torch._dynamo.reset() calls it
 
 @dataclass(frozen=True)
 class Backend:
-    """The same as an object: equal options make equal backends, so N decorated layers share one compile."""
+    """The backend as an object. Equal options make equal backends, so N decorated layers share one compilation."""
 
     options: Options
 
@@ -87,7 +88,10 @@ def compile_graph(graph_module: GraphModule, example_inputs: Sequence[Any], opti
 def passed_over(
     graph_module: GraphModule, work: Callable[[GraphModule], Outcome]
 ) -> tuple[Outcome, Callable[[], None] | None]:
-    """The pass `work` on a graph of Dynamo's, told to whoever listens; its outcome, and what to call on each run."""
+    """Run the pass `work` on a graph of Dynamo's, and tell PyTorch's tools and the active reports.
+
+    Returns the outcome, and what to call on each run of the graph.
+    """
     code_before = graph_module.print_readable(print_output=False) if collecting.wants_code() else None
     outcome = as_named_pass(graph_module, work)
     if outcome is None:  # torch._inductor.config.disabled_passes, or the bisector
@@ -99,7 +103,7 @@ def passed_over(
 
 
 def _graph_break(graph_module: GraphModule) -> GraphBreak | None:
-    """Where and why Dynamo ended this graph early; None when it ended with the function."""
+    """Where and why Dynamo ended this graph early; None if the graph ends with the function."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None

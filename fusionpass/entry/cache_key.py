@@ -1,4 +1,5 @@
-"""What PyTorch's caches know this package by: what is compiled depends on its sources, and no graph shows them."""
+"""The package's part in the keys of PyTorch's caches. Compiled code depends on the package's sources, and no graph
+shows them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from fusionpass.rules.rule import Rule, Stage
 
 @cache
 def digest(own: tuple[Rule | Stage, ...] = ()) -> str:
-    """A hash of the version and of every source file, the kernels' included; and of rules that are not the package's."""
+    """A hash of the version, of every source file (also the kernels'), and of the user's own rules."""
     found = hashlib.sha256(__version__.encode())
     package = Path(__file__).parents[1]
     folders = os.walk(package, followlinks=True)  # in a checkout the kernels are behind a link
@@ -36,7 +37,7 @@ def _functions(own: Rule | Stage) -> Iterable[Callable]:
 
 
 def _source(function: Callable) -> bytes:
-    """The module that a function is written in, whole: what it calls counts too."""
+    """The whole source of the module in which the function is written, since what it calls counts too."""
     try:
         return Path(inspect.getsourcefile(inspect.unwrap(function))).read_bytes()
     except (TypeError, OSError):  # written at a prompt: no other process has it
@@ -45,10 +46,10 @@ def _source(function: Callable) -> bytes:
 
 @contextmanager
 def in_cache_keys(own: Iterable[Rule | Stage] = ()) -> Iterator[None]:
-    """Inside the block, Inductor's and AOTAutograd's caches take an entry of other sources for a miss.
+    """Inside the block, a cache entry of Inductor or AOTAutograd that comes from other sources is a miss.
 
-    A graph with our ops in it is the same whatever these are made of; an entry of an older release would run its code. So
-    it is with the ops of a user's rule.
+    A graph with our ops stays the same when the code of the ops changes, so an entry of an older release would run old code.
+    The same holds for the ops of a user's rule.
     """
     before = torch.compiler.config.cache_key_tag
     with torch.compiler.config.patch(cache_key_tag=f"{before} fusionpass {digest(tuple(own))}"):

@@ -1,8 +1,8 @@
 """What runs in a call: each compiled graph notes, as it runs, whether it holds a rewritten site.
 
-Dynamo tells nobody when it runs a function as it was written, past its recompile limit or because it skipped it. What it
-did run is known here, by this thread: an owned call (see `notice`) or a block of `collect` in which no graph ran was not
-fused. A note costs a tenth of a microsecond per graph.
+Past its recompile limit, or when it skips a function, Dynamo runs the function as it was written, and tells nobody.
+This module knows for each thread what did run: if no graph ran in an owned call (see `notice`) or a block of `collect`,
+nothing was fused. A note costs a tenth of a microsecond per graph.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ REWRITTEN = 3  # one with a site ran; it holds the bit of a graph that ran
 
 
 class State:
-    """Of one thread."""
+    """The state of one thread."""
 
     __slots__ = ("compiled", "owned", "ran", "refused")
 
     def __init__(self) -> None:
         self.owned = False  # inside of an owned call
-        self.ran = 0  # of the two above, since whoever asks last set it to 0
+        self.ran = 0  # PLAIN and REWRITTEN, since somebody last set it to 0
         self.compiled = 0  # graphs given to the inner compiler so far
-        self.refused: list[Outcome] = []  # of graphs without a site that ran inside of the owned call
+        self.refused: list[Outcome] = []  # of the graphs without a site that ran inside of the owned call
 
 
 class _Local(threading.local):
@@ -40,7 +40,8 @@ local = _Local()
 
 
 def noting(compiled: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]:
-    """`compiled`, noting its runs; as it is where it must be of torch's own type, to be written to a file."""
+    """`compiled` with a note of each run. It is returned unchanged if it must keep torch's own type, to be written to a
+    file."""
     if hasattr(type(compiled), "serialize_compile_artifacts") and not local.state.owned:
         return compiled
     compiled = _generated(compiled)
@@ -59,13 +60,14 @@ def noting(compiled: Callable[..., Any], outcome: Outcome) -> Callable[..., Any]
                 here.refused.append(outcome)
             return compiled(*args)
 
-    if isinstance(compiled, FunctionType):  # AOTAutograd leaves how to write it to a file there
+    if isinstance(compiled, FunctionType):  # AOTAutograd keeps there how to write it to a file
         noted.__dict__.update(compiled.__dict__)
     return noted
 
 
 def _generated(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The graph's own code, where `compiled` would write it at the first call and be asked for it at each: 3 us of CPU."""
+    """The graph's own code. Without this, `compiled` would generate it at the first call and look it up at each: 3 us
+    of CPU."""
     graph_module = getattr(compiled, "__self__", None)
     if isinstance(graph_module, _LazyGraphModule) and compiled.__name__ == "_lazy_forward":
         _LazyGraphModule.force_recompile(graph_module)

@@ -25,7 +25,7 @@ class Collector:
 
 _COMPILED_BEFORE = (
     "0 rewritten: no graph was compiled, since those that ran had been compiled before: collect from the first call on, or "
-    "use fusionpass.explain, which compiles afresh"
+    "use fusionpass.explain, which compiles them again"
 )
 _collectors: ContextVar[tuple[Collector, ...]] = ContextVar("fusionpass_collectors", default=())
 
@@ -34,8 +34,8 @@ _collectors: ContextVar[tuple[Collector, ...]] = ContextVar("fusionpass_collecto
 def collect() -> Iterator[Report]:
     """A `Report` of everything compiled inside the block, in this thread or task.
 
-    What was compiled before the block is not compiled again and so not in the report, which says so where that leaves it
-    without a graph; `explain` starts afresh instead.
+    What was compiled before the block is not compiled again, so it is not in the report. If this leaves the report without a
+    graph, the report says so. `explain` compiles everything again instead.
 
     Example:
         >>> with fusionpass.collect() as report:
@@ -48,7 +48,7 @@ def collect() -> Iterator[Report]:
 
 @contextmanager
 def collector(*, keep_code: bool = False, target: str = "") -> Iterator[Collector]:
-    """`collect` with the collector itself, for callers that want the graphs' code or name the target."""
+    """`collect` with the collector itself, for callers that need the graphs' code or want to name the target."""
     new = Collector(Report(target=target), keep_code=keep_code)
     token = _collectors.set((*_collectors.get(), new))
     before, local.state.ran = local.state.ran, 0
@@ -65,7 +65,7 @@ def collector(*, keep_code: bool = False, target: str = "") -> Iterator[Collecto
 
 
 def no_graph(why: str) -> None:
-    """Tell every active report why a call in it ran no graph."""
+    """Tell every active report why a call inside its block ran no graph."""
     for active in _collectors.get():
         active.report.note_no_graph(why)
 
@@ -77,7 +77,7 @@ def wants_code() -> bool:
 def record(
     outcome: Outcome, *, compiled: bool, graph_break: GraphBreak | None = None, code: tuple[str, str] | None = None
 ) -> Callable[[], None] | None:
-    """Add one graph to every active report; returns what to call on each run of it, None when nobody collects."""
+    """Add one graph to every active report. Returns what to call on each run of the graph, None if nobody collects."""
     entries = [(active, _add(active, outcome, compiled, graph_break, code)) for active in _collectors.get()]
     if not entries:
         return None
@@ -98,7 +98,7 @@ def _add(active: Collector, outcome: Outcome, compiled: bool, graph_break: Graph
 
 
 def counted(run: Callable[..., Any], ran: Callable[[], None] | None) -> Callable[..., Any]:
-    """`run`, counting its calls; `run` itself when nobody collects, so that an ordinary call costs nothing more."""
+    """`run` with a count of its calls. If nobody collects, `run` itself, so that an ordinary call costs nothing more."""
     if ran is None:
         return run
 

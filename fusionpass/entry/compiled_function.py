@@ -1,4 +1,5 @@
-"""Which function was given to `torch.compile`, as a graph of it is compiled: Dynamo tells its backend the graph alone."""
+"""Which function was given to `torch.compile`? Asked while one of its graphs is compiled: Dynamo gives a backend only
+the graph."""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ class Place:
 
 
 def place_of(graph_module: GraphModule) -> Place:
-    """Of the graph that is compiled now, on this thread.
+    """The place of the graph that is compiled now on this thread.
 
-    A graph is a piece if it ends at a graph break or goes on after one; if its function is called by the one that was given
-    to torch.compile, and not traced into (as behind hooks, FSDP2's among them); or if DDP splits it.
+    A graph is a piece in three cases. It ends at a graph break or starts after one. Or its function is called by the
+    one that was given to torch.compile and is not traced into, as behind hooks such as FSDP2's. Or DDP splits it.
     """
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     piece = reason is not None and bool(reason.graph_break)
@@ -52,7 +53,8 @@ def place_of(graph_module: GraphModule) -> Place:
 
 
 def _code_of(function: Any) -> Any:
-    """The code that Dynamo compiles for it: of a module's call, which it reads through, that of `forward`."""
+    """The code that Dynamo compiles for the function. Dynamo reads through a module's call, so for a module:
+    `forward`'s code."""
     module = getattr(function, "__self__", None)
     if isinstance(module, torch.nn.Module) and getattr(function, "__func__", None) in _CALLS:
         function = module.forward
@@ -63,10 +65,10 @@ _CALLS = (torch.nn.Module._wrapped_call_impl, torch.nn.Module._call_impl, torch.
 
 
 def name_of(function: Any, args: Sequence[Any] = ()) -> Hashable:
-    """The function by what wrote it: equal layers that are compiled each by itself are one, two `nn.Sequential` of
-    different layers are not.
+    """A name for the function by its source. Equal layers that are compiled one by one have the same name; two
+    `nn.Sequential` of different layers do not.
 
-    args: of the call, where the function is a `forward` that takes its module first.
+    args: the arguments of the call, if the function is a `forward` that takes its module first.
     """
     module = getattr(function, "__self__", getattr(function, "__wrapped__", args[0] if args else None))
     layers = tuple(type(m) for m in module.modules()) if isinstance(module, torch.nn.Module) else ()

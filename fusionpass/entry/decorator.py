@@ -21,24 +21,25 @@ def fuse(target: Any = None, /, *, inner: str | Callable[..., Any] = "eager", **
         target: a function or `forward` (returns the fused function), an `nn.Module` class (its `forward` is replaced, for
             all instances; returns the class), or an `nn.Module` instance (its `forward` is replaced; returns the
             instance). Left out, `fuse(...)` returns the decorator.
-        inner: what compiles the rewritten graph: "eager" runs it as it is; "aot_eager", "cudagraphs", "inductor", any
-            registered backend's name, or a callable.
+        inner: what compiles the rewritten graph: "eager" (runs it as it is), "aot_eager", "cudagraphs", "inductor", the name
+            of any registered backend, or a callable.
         options: `rules`, `numerics`, `profitable_only`, `strict`, `verify`, `mode`, `inductor`; see
             `fusionpass.options.Options`.
 
-    A fused module keeps its class, its parameters' names, and stays fused through copy, deepcopy, pickle and the replicas of
-    nn.DataParallel, each with its own parameters. `del module.forward` takes the fusion off an instance again.
+    A fused module keeps its class and its parameters' names. It stays fused through copy, deepcopy, pickle and the
+    replicas of nn.DataParallel, each with its own parameters. `del module.forward` takes the fusion off an instance
+    again.
 
-    Inside somebody's `torch.compile` the graph and the backend are theirs: the sums written in `target` are rewritten there,
-    ahead of their backend, with these options but `inner`, `mode` and `inductor`. `torch.export`, `make_fx`,
-    `torch.fx.symbolic_trace`, `torch.jit.trace` and transforms of `torch.func` get `target` as it is written, and a warning
-    names what to do, once; under `strict` they raise.
+    Inside somebody's `torch.compile` the graph and the backend are theirs. The sums written in `target` are rewritten there
+    before their backend gets the graph, with these options except `inner`, `mode` and `inductor`. `torch.export`, `make_fx`,
+    `torch.fx.symbolic_trace`, `torch.jit.trace` and transforms of `torch.func` get `target` as it is written. One
+    warning then names what to do; under `strict` they raise.
 
     Raises:
-        TypeError: `target` is nothing that can be called.
+        TypeError: `target` cannot be called.
         ValueError: an unknown option or value.
-        NothingRewritten: on a call, under `strict`, when no rewritten site ran in it.
-        VerificationFailed: on a call, under `verify`, when a site computed anything else than its nodes.
+        NothingRewritten: on a call, under `strict`, if no rewritten site ran in it.
+        VerificationFailed: on a call, under `verify`, if a site computed something else than its nodes.
 
     Example:
         >>> @fusionpass.fuse
@@ -63,7 +64,7 @@ def _fuse(target: Any, options: Options) -> Any:
         return target
     if not callable(target):
         raise TypeError(
-            f"fuse was given {target!r}: it takes a function, an nn.Module class or an nn.Module; options go by name"
+            f"fuse was given {target!r}: it takes a function, an nn.Module class or an nn.Module; give options by name"
         )
     if isinstance(target, FusedForward):
         target = target.__wrapped__

@@ -16,8 +16,8 @@ from fusionpass.report import Report
 def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
     """What the pass would do to `model`: `explain(model)(*args, **kwargs)` returns a `Report`.
 
-    As `torch._dynamo.explain` does, it drops what Dynamo has compiled so far (also of other models), since a cached graph
-    would not be seen again. The model runs once, with its side effects, in the caller's grad mode.
+    Like `torch._dynamo.explain`, it drops everything that Dynamo has compiled so far, also of other models, because a cached
+    graph would not be seen again. The model runs once, with its side effects, in the caller's grad mode.
 
     Args:
         model: an `nn.Module` or function.
@@ -60,5 +60,5 @@ def _capture(model, args, kwargs, options: Options, *, target: str = "", keep_co
         try:
             owned(*args, **kwargs)
         finally:
-            reset()  # the graphs above carry counters, which nobody else should run
+            reset()  # the graphs above carry counters, so nobody else should run them
     return active.report

@@ -1,7 +1,8 @@
-"""Exported programs: a rewritten graph in a program whose signatures name the nodes that are there now.
+"""Exported programs: a rewritten graph in a program whose signatures name the new nodes.
 
-A program may keep the call signatures of modules (`preserve_module_call_signature`), which `torch.export.unflatten` builds
-modules of again. Nodes that these name must stay, and an op may read, from within such a module, only what goes into it.
+A program may keep the call signatures of modules (`preserve_module_call_signature`), and `torch.export.unflatten` builds
+modules from these again. Nodes that they name must stay. And an op inside such a module may read from outside only what goes
+into the module.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fusionpass.rules.site import Site
 
 
 def rewrite_exported(program: ExportedProgram, options: Options) -> tuple[ExportedProgram, Outcome]:
-    """A new program around the rewritten graph; its signatures follow the values that were renamed."""
+    """A new program around the rewritten graph. Its signatures have the new names of renamed values."""
     graph_module = editable(program.graph_module)
     boundaries = Boundaries(program)
     with as_in_training(graph_module):
@@ -52,7 +53,7 @@ def rewrite_exported(program: ExportedProgram, options: Options) -> tuple[Export
 
 
 def _rename(argument: Any, renamed: dict[str, str]) -> None:
-    """Have an argument of a signature name the node that computes its value now."""
+    """Let an argument of a signature name the node that now computes its value."""
     name = getattr(argument, "name", None)  # a constant has none
     if name in renamed:
         argument.name = renamed[name]
@@ -74,7 +75,7 @@ class Boundaries:
                 self.modules[call.fqn] = _names(given), _names(results)
 
     def crossed(self, site: Site, renamed: dict[str, str]) -> Refusal | None:
-        """Why the site, as far as it has grown, may not be one op; None when every boundary stays as it is."""
+        """Why the site, as far as it has grown, may not be one op; None if every boundary stays as it is."""
         before = {new: old for old, new in renamed.items()}
         results = site.results
         reads = [operand.value for operand in site.operands.values() if isinstance(operand.value, Node)]
@@ -89,7 +90,7 @@ class Boundaries:
             for module in inside ^ self._around(other):
                 return Refusal("kept-module", _PARTED, site.end, other, module)
         for node in reads:
-            if node.op == "placeholder" and node.name not in self._handed_in:  # a parameter, which every module reaches
+            if node.op == "placeholder" and node.name not in self._handed_in:  # a parameter: every module can reach it
                 continue
             name = before.get(node.name, node.name)
             for module in inside - self._around(node):
@@ -109,13 +110,13 @@ class Boundaries:
 _GIVEN = "{} goes into module {}, whose call signature the program keeps"
 _RETURNED = "{} is what module {} returns, and the program keeps the module's call signature"
 _ELEMENT = ", which names no element of an op's results"
-_PARTED = "{} and {} lie on two sides of module {}, whose call signature the program keeps"
-_NOT_GIVEN = "{} lies in module {}, whose call signature the program keeps: {} does not go into it"
+_PARTED = "{} and {}: one lies inside module {}, one outside, and the program keeps the module's call signature"
+_NOT_GIVEN = "{} lies in module {}, whose call signature the program keeps, and {} does not go into that module"
 _NOT_RETURNED = "module {}, whose call signature the program keeps, does not return {}, which {} needs"
 
 
 def _call(key: str, path: str) -> str:
-    """The name of a module's call, as the module call graph has it: the second one of `block` is `block@1`."""
+    """The name of a module's call, as in the module call graph: the second call of `block` is `block@1`."""
     return f"{path}@{key.rpartition('@')[2]}" if "@" in key else path
 
 

@@ -1,4 +1,4 @@
-"""The function that `fuse` makes of another one, whoever calls it and wherever."""
+"""The function that `fuse` makes of another one, for all the ways in which it may be called."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fusionpass.entry.outer_compile import Late, Target, comptime_hooks
 from fusionpass.entry.recording import is_dynamo_compiling, recorder
 from fusionpass.options import Options
 
-# By the function object itself: what functools.wraps copies from it to a wrapper would say of the wrapper that it is fused.
+# Keyed by the function object, not by an attribute: functools.wraps would copy an attribute to a wrapper that is not fused.
 _ORIGINALS: weakref.WeakKeyDictionary[Callable[..., Any], Callable[..., Any]] = weakref.WeakKeyDictionary()
 _OF_DYNAMO = ("_torchdynamo_inline", "_torchdynamo_orig_callable", "_torchdynamo_wrapper_id")
 
 
 def original_of(function: Any) -> Any:
-    """What a fused function was made of, a fused method's bound as it is; anything else is its own original."""
+    """The function that a fused function was made of, bound if the fused one is bound. Anything else is its own original."""
     if isinstance(function, types.MethodType):
         original = original_of(function.__func__)
         return function if original is function.__func__ else types.MethodType(original, function.__self__)
@@ -35,8 +35,8 @@ def original_of(function: Any) -> Any:
 def fused_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`function`, compiled with the pass.
 
-    Where somebody's Dynamo reads it, the graph is theirs, and is rewritten there (see `outer_compile`); what other tools
-    record is the function as it was given.
+    If somebody's Dynamo reads it, the graph is theirs, and is rewritten there (see `outer_compile`). Other tools record the
+    function as it was given.
     """
     from fusionpass.private import comptime
 
@@ -49,14 +49,14 @@ def fused_function(function: Callable[..., Any], options: Options) -> Callable[.
     def fused(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             comptime(enter)
-            return (pieces(*args, **kwargs), comptime(leave))[0]  # a local variable would give Dynamo's node its name
+            return (pieces(*args, **kwargs), comptime(leave))[0]  # a local variable would name Dynamo's node
         who = recorder()
         if who is not None:
             target.aside(who)
             return function(*args, **kwargs)
         return owned(*args, **kwargs)
 
-    for name in _OF_DYNAMO:  # of a function that was compiled already: they say how to do without the wrapper
+    for name in _OF_DYNAMO:  # copied from a function that was compiled already: they would lead past the wrapper
         fused.__dict__.pop(name, None)
     _ORIGINALS[fused] = function
     return fused
@@ -65,7 +65,7 @@ def fused_function(function: Callable[..., Any], options: Options) -> Callable[.
 def rebindable(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`fused_function`, for an instance's forward.
 
-    It hides what it was made of from who unwraps a method to bind it anew, and would leave the fusion behind.
+    It hides the original function. Code that unwraps a method and binds it again would otherwise lose the fusion.
     """
     fused = fused_function(function, options)
     fused.__signature__ = inspect.signature(function)
@@ -75,19 +75,19 @@ def rebindable(function: Callable[..., Any], options: Options) -> Callable[..., 
 
 @dataclass(eq=False)
 class _ForDynamo:
-    """What somebody's Dynamo reads in a fused function, and guards on by identity."""
+    """What somebody's Dynamo reads in a fused function, and guards by identity."""
 
     target: Target
     enter: Callable[[Any], None]
     leave: Callable[[Any], None]
-    pieces: Callable[..., Any]  # Dynamo reads the function itself in it, and calls it where a graph breaks within
+    pieces: Callable[..., Any]  # Dynamo reads the function through it, and calls it if a graph breaks inside
 
 
 _SHARED: weakref.WeakValueDictionary[tuple, _ForDynamo] = weakref.WeakValueDictionary()
 
 
 def _for_dynamo(function: Callable[..., Any], options: Options) -> _ForDynamo:
-    """Equal instances share one, or each would be a compilation of its own."""
+    """One for all equal instances. Otherwise each would need a compilation of its own."""
     try:
         found = _SHARED.get((function, options))
     except TypeError:  # the option `inner`, or a forward set on an instance, cannot be hashed

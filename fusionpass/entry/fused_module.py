@@ -17,10 +17,10 @@ from fusionpass.options import Options
 
 
 class FusedForward:
-    """A fused function bound to a module, as a bound method is: `__self__`, `__func__`, `__code__` and so on.
+    """A fused function bound to a module like a bound method: `__self__`, `__func__`, `__code__` and so on.
 
-    A plain object in the module's `__dict__`: it travels with deepcopy and pickle, which drop `Module.compile`'s result.
-    Shallow copies share the `__dict__`'s values; see `follow_copies`.
+    It is a plain object in the module's `__dict__`, so deepcopy and pickle keep it. (They drop the result of
+    `Module.compile`.) Shallow copies share the `__dict__`'s values; see `follow_copies`.
     """
 
     def __init__(self, module: torch.nn.Module, options: Options, replaced: Callable[..., Any] | None):
@@ -31,7 +31,7 @@ class FusedForward:
 
     @classmethod
     def on(cls, module: torch.nn.Module, options: Options) -> FusedForward:
-        """Over what the instance has now; an earlier fusion of it gives way."""
+        """Fuse the forward that the instance has now. An earlier fusion of it is replaced."""
         before = module.__dict__.get("forward")
         if isinstance(before, cls):
             before = before.replaced
@@ -45,12 +45,13 @@ class FusedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is not None:
             return self._fused(*args, **kwargs)
-        if self._stands_for is not type(self.module).forward:  # somebody has patched the class since
+        if self._stands_for is not type(self.module).forward:  # the class was patched after the fusion
             self._renew()
         return self._fused(self.module, *args, **kwargs)
 
     def of(self, module: torch.nn.Module) -> FusedForward:
-        """The same for a shallow copy of the module, which nn.DataParallel makes in every step: nothing is made anew."""
+        """The same for a shallow copy of the module. nn.DataParallel makes copies in every step, so nothing is built
+        again."""
         new = object.__new__(type(self))
         new.__dict__.update(self.__dict__)
         new.module = module
@@ -65,7 +66,7 @@ class FusedForward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The forward this one stands for."""
+        """The forward that this one replaces."""
         if self.replaced is not None:
             return self.replaced
         return types.MethodType(original_of(type(self.module).forward), self.module)
@@ -80,7 +81,7 @@ class FusedForward:
 
     @property
     def __func__(self) -> Callable[..., Any]:
-        """The function that takes the module first, for who wraps a forward and binds it anew, as accelerate does."""
+        """The function that takes the module first, for code that wraps a forward and binds it again, as accelerate does."""
         if self.replaced is not None:
             raise AttributeError("a forward that was set on the instance has no function that takes the module first")
         return self._fused
@@ -98,12 +99,12 @@ _OF_FUNCTIONS = frozenset(
 
 
 def follow_copies(cls: type[torch.nn.Module]) -> None:
-    """Have shallow copies of the class's instances call their own fused forward.
+    """Let shallow copies of the class's instances call their own fused forward.
 
-    They share the values of `__dict__`, the forward bound to the original among them, and nothing on the instance hears of
-    it. So the two ways to make one, `copy.copy` and nn.DataParallel's replicas, do on this class what they did, and then
-    bind the forward anew. Instances that are not fused are copied as they were. Who copies a `__dict__` by hand sets
-    `forward` too, by `fuse(copy)`.
+    A shallow copy shares the values of `__dict__`, also the forward that is bound to the original, and nothing tells the
+    instance of the copy. So this class changes the two ways to make one, `copy.copy` and nn.DataParallel's replicas: they do
+    what they did before, and then bind the forward again. Instances that are not fused are copied as before. If you copy a
+    `__dict__` by hand, set `forward` too, with `fuse(copy)`.
     """
     for name, usual in (("__copy__", _copy), ("_replicate_for_data_parallel", None)):
         before = getattr(cls, name, None) or usual

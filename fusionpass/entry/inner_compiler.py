@@ -1,4 +1,4 @@
-"""The inner compiler: what takes the rewritten graph, and with which of Inductor's settings."""
+"""The inner compiler, which gets the rewritten graph, and the settings of Inductor for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OF_SEQUENCES = frozenset(("conv1d", "conv_transpose1d"))  # the convolutions th
 
 
 def compiler_of(options: Options) -> Callable[[GraphModule, Sequence[Any]], Compiled]:
-    """What the option `inner` names: the callable itself, or the backend registered under the name."""
+    """The compiler that the option `inner` names: the callable itself, or the backend registered under the name."""
     if callable(options.inner):
         return options.inner
     from fusionpass.private import lookup_backend
@@ -36,7 +36,7 @@ def inductor_settings(options: Options) -> dict[str, Any]:
 
 
 def tunes(settings: Mapping[str, Any]) -> bool:
-    """Whether Inductor tunes its kernels by coordinate descent; it then makes the gate's projection one as well."""
+    """Whether Inductor tunes its kernels by coordinate descent. Then it also makes the gate's projection one kernel."""
     from fusionpass.private import config
 
     return bool(settings.get("coordinate_descent_tuning", config.coordinate_descent_tuning))
@@ -47,7 +47,7 @@ def compile_inner(
 ) -> Compiled:
     """The graph, compiled by the inner compiler.
 
-    rewritten: whether the pass changed the graph; where it did not, Inductor's choices stay its own.
+    rewritten: whether the pass changed the graph. If not, Inductor's settings are not touched.
     """
     compiler = compiler_of(options)
     settings = inductor_settings(options)
@@ -60,13 +60,13 @@ def compile_inner(
 
 
 def layout_kept(graph_module: GraphModule) -> dict[str, bool]:
-    """Whether to say that Inductor shall not lay 4-D tensors out for convolutions, where none is of images.
+    """A setting that keeps Inductor from laying 4-D tensors out for convolutions, if no convolution is of images.
 
-    It does so in a graph of fewer than 300 nodes per convolution (`GraphLowering.decide_layout_opt`), of whatever kind,
-    though it then converts the operands of 2-D convolutions alone. A linear-attention layer has a 1-D one, in a few hundred
-    nodes, and every rewritten site takes a dozen away. Where that went below the limit, the layer's recurrent state
-    [B, heads, K, V] was laid out with its heads innermost, and its one kernel became three: on an H100 at batch 1,
-    10 layers of Qwen3-Next took 2.03 ms a step for 1.93, by 24 us a layer.
+    Inductor does so in a graph with fewer than 300 nodes per convolution (`GraphLowering.decide_layout_opt`). It counts
+    convolutions of any kind, though it then converts the operands of 2-D ones only. A linear-attention layer has a 1-D
+    convolution and a few hundred nodes, and every rewritten site takes a dozen nodes away. Where this went below the
+    limit, the layer's recurrent state [B, heads, K, V] was laid out with its heads innermost, and its one kernel became
+    three. On an H100 at batch 1, 10 layers of Qwen3-Next took 2.03 ms per step instead of 1.93, 24 us more per layer.
     """
     kinds = {name for name in map(torch_name, _calls(graph_module)) if "conv" in name}
     return {"layout_optimization": False} if kinds and kinds <= _OF_SEQUENCES else {}

@@ -1,9 +1,9 @@
-"""Instances of one class share what Dynamo compiled of its forward; past its recompile limit each is compiled by itself.
+"""Instances of one class share what Dynamo compiled of its forward. Past its recompile limit each is compiled by itself.
 
-Dynamo counts recompiles per code object. Layers that differ by an attribute which it guards, such as `layer_idx`, each
-need a compilation, and past the limit (8) the layers that remain would run as they were written. From there on, an
-instance that nothing compiled so far serves gets a copy of the code, whose compilations are counted afresh. Instances that
-are equal to Dynamo keep sharing one.
+Dynamo counts recompiles per code object. Layers that differ by a guarded attribute, such as `layer_idx`, each need a
+compilation. Past the limit (8) the remaining layers would run as they were written. From there on, if no compilation so far
+fits an instance, it gets a copy of the code, and Dynamo counts the compilations of the copy from zero. Instances that
+are equal to Dynamo still share one.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ log = logging.getLogger("fusionpass")
 def compiled(function: Callable[..., Any], backend: Callable[..., Any]) -> Callable[..., Any]:
     """`torch.compile(function, backend=backend)`, with Dynamo's recompile limit counted per instance where the first
     argument is a module."""
-    from fusionpass.private import innermost_fn  # with Dynamo, which an import of the package alone does without
+    from fusionpass.private import innermost_fn  # imports Dynamo, which `import fusionpass` alone does not need
 
     inner = innermost_fn(function)
     if inspect.iscoroutinefunction(inner) or inspect.isasyncgenfunction(inner) or inspect.isgeneratorfunction(inner):
-        return inner  # torch 2.13's Dynamo refuses generators, and what it compiles of a coroutine crashes Python
+        return inner  # torch 2.13's Dynamo refuses generators, and its code for a coroutine crashes Python
     if isinstance(inner, FunctionType):
         return PerInstance(inner, backend)
     return torch.compile(function, backend=backend)
 
 
 class _Shared:
-    """Of one code object."""
+    """The state of one code object."""
 
-    full = False  # Dynamo would not compile it again
-    said = False  # what that costs
+    full = False  # whether Dynamo would refuse to compile it again
+    said = False  # whether the log line about the cost was given
 
 
 _shared: dict[int, _Shared] = {}  # by identity: a copy of a code object is equal to it
@@ -58,7 +58,7 @@ def _shared_of(code: CodeType) -> _Shared:
 
 @dataclass
 class _Instance:
-    compiles: int = 0  # of the shared code, on behalf of this instance
+    compiles: int = 0  # compilations of the shared code for this instance
     own: Callable[..., Any] | None = None
 
 
@@ -83,7 +83,7 @@ class PerInstance:
         return result
 
     def compiled_for(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        """What a call with these arguments runs, as things stand."""
+        """What a call with these arguments would run now."""
         found = self.instances.get(id(args[0])) if args else None
         return found.own if found is not None and found.own is not None else self.compiled
 
@@ -105,7 +105,7 @@ class PerInstance:
         self._ask()
 
     def _ask(self) -> None:
-        """Whether the shared code is full; it is not any more after `torch._dynamo.reset()`."""
+        """Find out whether the shared code is full. After `torch._dynamo.reset()` it no longer is."""
         times = len(_debug_get_cache_entry_list(self.function.__code__))
         self.shared.full = times >= torch._dynamo.config.recompile_limit
         if times == 0:
@@ -122,7 +122,7 @@ class PerInstance:
         return self.instances[key]
 
     def _say(self) -> None:
-        """Once: what it costs."""
+        """Say once what it costs."""
         if not self.shared.said:
             self.shared.said = True
             log.warning(

@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 def as_named_pass(graph_module: GraphModule, work: Callable[[GraphModule], Result]) -> Result | None:
-    """`work` on the graph, as a pass that Inductor's tools know by name; None where they have switched it off.
+    """Run `work` on the graph, as a pass that Inductor's tools know by name; None if they have switched it off.
 
-    `torch._inductor.config.disabled_passes` may name it, the compiler bisector counts it among the pre-grad passes, and
-    its time is `pass.pre_grad_passes.fusionpass` in Dynamo's table of compile times.
+    `torch._inductor.config.disabled_passes` may name the pass. The compiler bisector counts it among the pre-grad
+    passes. Its time is `pass.pre_grad_passes.fusionpass` in Dynamo's table of compile times.
     """
     from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 

@@ -23,7 +23,7 @@ from fusionpass.private import (
 class Unseen:
     """Attributes:
     code: "off", "limit", "skipped", "generator" or "empty".
-    sentence: the same with its values.
+    sentence: the same in words, with the values.
     """
 
     code: str
@@ -31,7 +31,7 @@ class Unseen:
 
 
 def why_off() -> str:
-    """What keeps Dynamo from compiling any call that is made here and now; "" where nothing does."""
+    """What keeps Dynamo from compiling any call at the moment; "" if nothing does."""
     from fusionpass.private import _stance
 
     if os.environ.get("TORCHDYNAMO_DISABLE", "") == "1":
@@ -48,7 +48,7 @@ def why_off() -> str:
 
 
 def why_unseen(run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Unseen:
-    """Why `run(*args, **kwargs)`, which gave `result`, ran no graph; `run` is of `torch.compile`."""
+    """Why `run(*args, **kwargs)`, which gave `result`, ran no graph. `run` comes from `torch.compile`."""
     off = why_off()
     if off:
         return Unseen("off", f"0 rewritten: the call ran as it was written, since {off}")
@@ -97,7 +97,7 @@ def _past_limit(name: str, times: int) -> str:
 
 
 def called(run: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-    """The function that Dynamo sees when `run`, of `torch.compile`, is called, and its positional arguments."""
+    """The function that Dynamo sees in a call of `run`, and its positional arguments. `run` comes from `torch.compile`."""
     args = tuple(args)
     while True:
         if isinstance(run, functools.partial):
@@ -121,7 +121,7 @@ def served(function: Any, backend: Any, args: Sequence[Any], kwargs: Mapping[str
         return False
     try:
         bound = inspect.signature(function, follow_wrapped=False).bind(*args, **kwargs)
-    except TypeError:  # not the function's arguments: the call itself has raised or will
+    except TypeError:  # the arguments do not fit the function: the call itself raises
         return False
     bound.apply_defaults()
     free = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -131,7 +131,7 @@ def served(function: Any, backend: Any, args: Sequence[Any], kwargs: Mapping[str
 
 
 def _backend_of(entry: Any) -> Any:
-    """What was given to torch.compile, which wraps it."""
+    """The backend that was given to torch.compile, without torch.compile's wrapper."""
     return getattr(entry.backend, "compiler_fn", entry.backend)
 
 

@@ -1,11 +1,12 @@
-"""Zero rewrites is never silent: one warning with the top reasons, or `NothingRewritten` under `strict`.
+"""A run that rewrites nothing always says so: one warning with the top reasons, or `NothingRewritten` under `strict`.
 
-Who owns the outermost call (`fuse`, `explain`) waits until it returns and judges it by the graphs that ran in it, compiled
-then or earlier. The plain backend sees one graph at a time, while it is compiled, and cannot know which is the last of a
-model that Dynamo splits, so there a piece of a split model only warns, and never raises.
+The owner of the outermost call (`fuse`, `explain`) waits until it returns, and judges it by the graphs that ran in it,
+compiled then or earlier. The plain backend sees one graph at a time, while that graph is compiled. If Dynamo splits a
+model, the backend cannot know which graph is the last one. So a piece of a split model only warns there, and never
+raises.
 
-A warning is given once per function and kind of reason: the codes with the lines that wrote the sums. Names of nodes and
-sizes make no other kind. `torch._dynamo.reset()` forgets what was said. Of a distributed run, rank 0 speaks.
+A warning is given once per function and kind of reason. The kind is the codes, with the source lines of the sums; names of
+nodes and sizes do not count. After `torch._dynamo.reset()` warnings are given again. In a distributed run only rank 0 warns.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from fusionpass.report.records import Outcome
 
 log = logging.getLogger("fusionpass")
 _said: set[Hashable] = set()
-_with_sites: set[Hashable] = set()  # functions given to torch.compile of which a graph was rewritten
+_with_sites: set[Hashable] = set()  # functions given to torch.compile that had a graph rewritten
 
 
 def forget() -> None:
-    """Speak again of what was said; called by `torch._dynamo.reset()`, after which all is compiled anew."""
+    """Forget which warnings were given. `torch._dynamo.reset()` calls this, and after it everything is compiled again."""
     _said.clear()
     _with_sites.clear()
 
@@ -61,7 +62,8 @@ def after_graph(outcome: Outcome, options: Options, place: Place) -> None:
 
 
 def nothing(message: str, options: Options, key: Hashable = None) -> None:
-    """Say that nothing was rewritten, by the means the options ask for; a warning once per key, None for each time."""
+    """Say that nothing was rewritten, in the way that the options ask for. A warning is given once per key, or each time if
+    the key is None."""
     if options.strict:
         raise NothingRewritten(f"{message} (option 'strict' is on)")
     _say(message, key)
@@ -88,7 +90,7 @@ def _report(outcomes: list[Outcome]) -> Report:
 
 
 def _kind(outcomes: list[Outcome]) -> Hashable:
-    """What makes two refusals the same to a reader."""
+    """What two refusals must have in common to be the same for a reader."""
     if any(outcome.switched_off for outcome in outcomes):
         return "switched off"
     return frozenset((miss.code, miss.source) for outcome in outcomes for miss in outcome.misses)
@@ -96,24 +98,25 @@ def _kind(outcomes: list[Outcome]) -> Hashable:
 
 @dataclass
 class Owned:
-    """A compiled callable whose outermost calls we see: each is judged when it returns, by the graphs that ran in it."""
+    """A compiled callable whose outermost calls we see. Each call is judged when it returns, by the graphs that ran in
+    it."""
 
     run: Callable[..., Any]
     options: Options
     rewritten: bool = False  # some call ran a rewritten site
     told: set[Hashable] = field(default_factory=set)
-    judged: dict[int, Outcome] = field(default_factory=dict)  # of graphs that ran again and again without a site
+    judged: dict[int, Outcome] = field(default_factory=dict)  # outcomes of graphs that run repeatedly without a site
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         here = local.state
-        if here.owned:  # inside another owned call, which speaks for both
+        if here.owned:  # inside another owned call, which is judged for both
             return self.run(*args, **kwargs)
         before, here.ran, here.owned = here.ran, 0, True
         try:
             result = self.run(*args, **kwargs)
         except Exception as error:
             inner = getattr(error, "inner_exception", None)  # of Dynamo's BackendCompilerFailed
-            if isinstance(inner, VerificationFailed):  # the pass's finding, no compiler's failure
+            if isinstance(inner, VerificationFailed):  # a result of the pass, not a failure of a compiler
                 raise inner from None
             raise
         finally:
@@ -140,7 +143,7 @@ class Owned:
         outcomes = list(distinct.values())
         lost = any(outcome.misses or outcome.switched_off for outcome in outcomes)
         if self.rewritten and not lost and not self.options.strict:
-            return  # other calls have sites, and this one has none to lose, such as a dense layer of the class
+            return  # other calls have sites, and this one never had one, such as a dense layer of the same class
         self._say(lambda: _report(outcomes).why_nothing(), _kind(outcomes), args)
 
     def _unseen(self, args: Any, kwargs: Any, result: Any) -> None:
@@ -153,7 +156,8 @@ class Owned:
             self._say(lambda: why.sentence, why.code, args)
 
     def _say(self, message: Callable[[], str], kind: Hashable, args: Any) -> None:
-        """See `nothing`; what was said of this callable is not worded again, since it may be called very often."""
+        """See `nothing`. A message that was given for this callable is not put together again: it may be called very
+        often."""
         if self.options.strict or kind not in self.told:
             self.told.add(kind)
             nothing(message(), self.options, (name_of(*called(self.run, args)), kind))

@@ -1,12 +1,13 @@
 """A fused function inside somebody's `torch.compile`: the graph is theirs, so the pass goes in front of their backend.
 
-While Dynamo reads a fused function it calls `enter` and `leave` (PyTorch's `comptime`), which put a `Reached` in the place
-of the backend that will get the graph, once per graph, and mark the nodes recorded in between. The sums among those are
-rewritten; what a site grows over may lie outside. Nested fused functions are their outermost one's.
+While Dynamo reads a fused function, it calls `enter` and `leave` (PyTorch's `comptime`). Once per graph, these put a
+`Reached` in the place of the backend that will get the graph. They mark the nodes recorded in between. The sums among
+the marked nodes are rewritten. The nodes that a site grows over may lie outside. If fused functions are nested, the
+outermost one counts.
 
-A graph break within the function ends what was marked: Dynamo starts anew, calls the function from Python, and would compile
-its pieces by themselves. The function is then called through a `torch.compile` of its own whose backend, `Late`, is the same
-`Reached`.
+A graph break within the function ends the marking. Dynamo then starts again, calls the function from Python, and would
+compile its pieces separately. So the function is called through its own `torch.compile`, whose backend `Late` does what
+`Reached` does.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _MARK = "fusionpass_target"  # in a node's meta, until the pass has read it
 
 @dataclass(eq=False)
 class Target:
-    """One fused function, as others' graphs know it."""
+    """One fused function, as the graphs of others know it."""
 
     name: str
     options: Options
@@ -46,13 +47,13 @@ class Target:
     said: set[str] = field(default_factory=set)
 
     def aside(self, who: str) -> None:
-        """Say, once, that the function is recorded as it is written; under `strict` raise it, each time."""
+        """Say once that the function is recorded as it is written. Under `strict`, raise this each time."""
         if who not in self.said or self.options.strict:
             self.said.add(who)
             nothing_rewritten.nothing(_ASIDE[who].format(name=self.name, who=who), self.options)
 
     def unreached(self) -> None:
-        """The same where the graph is somebody's and the pass has no way into it."""
+        """The same if the graph is somebody's and the pass cannot get into it."""
         if "unreached" not in self.said or self.options.strict:
             self.said.add("unreached")
             nothing_rewritten.nothing(_UNREACHED.format(name=self.name, torch=torch.__version__), self.options)
@@ -100,7 +101,7 @@ def comptime_hooks(target: Target) -> tuple[Callable[[Any], None], Callable[[Any
 
 
 def _output(context: Any) -> Any:
-    """Dynamo's OutputGraph of the frame that is being read; None where this torch has not what is asked of it."""
+    """Dynamo's OutputGraph of the frame that is being read; None if this torch does not have what is needed."""
     reader = getattr(context, "_i_will_not_complain_if_bc_breaks_InstructionTranslator", None)
     output = None if reader is None else reader().output
     return output if all(hasattr(output, name) for name in ("export", "compiler_fn", "current_tracer")) else None
@@ -118,7 +119,7 @@ class Reached:
         self._open.append((target, graph, next(iter(reversed(graph.nodes)), None)))
 
     def leave(self, target: Target, graph: Graph) -> None:
-        """Mark the nodes since `enter`. One without its `leave` belongs to a function that raised."""
+        """Mark the nodes since `enter`. An `enter` without a `leave` belongs to a function that raised."""
         while self._open:
             entered, its_graph, last = self._open.pop()
             if entered is target and its_graph is graph:
@@ -131,13 +132,13 @@ class Reached:
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Compiled:
         sums = _marked(graph_module)
         compiler = functools.partial(self.compiler, **kwargs) if kwargs else self.compiler
-        # The whole of the fused function is in it, whatever else the graph is a piece of.
+        # The graph holds the whole fused function, even if it is a piece of something else.
         place = Place(place_of(graph_module).function, piece=False)
         return compile_reached(graph_module, example_inputs, compiler, sums, place)
 
 
 def _marked(graph_module: GraphModule) -> dict[Target, set[Node]]:
-    """The nodes of each fused function, in the graph and in its child graphs; takes the marks off."""
+    """The nodes of each fused function, in the graph and in its child graphs. The marks are removed."""
     found: dict[Target, set[Node]] = {}
     for node, target in _marks(graph_module, None):
         found.setdefault(target, set()).add(node)
@@ -148,7 +149,7 @@ def _marks(graph_module: GraphModule, of_all: Target | None) -> Iterator[tuple[N
     called = {}
     for node in graph_module.graph.nodes:
         target = node.meta.pop(_MARK, None)
-        target = of_all or target  # the whole of a child graph is its call's, the outermost function's
+        target = of_all or target  # a child graph belongs as a whole to the outermost function that calls it
         if target is not None:
             yield node, target
             if node.op in ("get_attr", "call_module"):
@@ -158,10 +159,10 @@ def _marks(graph_module: GraphModule, of_all: Target | None) -> Iterator[tuple[N
 
 
 class Late:
-    """The backend for the pieces of a fused function in which a graph breaks: what `Reached` is for a whole one.
+    """The backend for the pieces of a fused function in which a graph breaks. `Reached` is the one for a whole function.
 
-    They are compiled once, for the compilation that met the break first; one around the same function with another backend
-    finds them so.
+    The pieces are compiled once, for the compilation that met the break first. A later compilation of the same function with
+    another backend uses them as they are.
     """
 
     def __init__(self, target: Target):
@@ -183,9 +184,9 @@ def compile_reached(
     sums: dict[Target, set[Node] | None],
     place: Place,
 ) -> Compiled:
-    """The graph, rewritten for each fused function with the options that it was given, then compiled by `compiler`.
+    """The graph, rewritten for each fused function with that function's options, then compiled by `compiler`.
 
-    sums: the nodes that are looked at, by function; None stands for all.
+    sums: for each function, the nodes that are looked at; None means all.
     """
     if not sums:
         return compiler(graph_module, example_inputs)
@@ -201,7 +202,7 @@ def compile_reached(
 
     outcome, ran = _through_dynamo(lambda: backend.passed_over(graph_module, work))
     for target in sums:
-        own = outcomes.get(target, outcome)  # the whole outcome where PyTorch's tools switched the pass off
+        own = outcomes.get(target, outcome)  # the whole outcome if PyTorch's tools switched the pass off
         _through_dynamo(lambda own=own, target=target: nothing_rewritten.after_graph(own, target.options, place))
     if outer.inner == "eager" and outcome.rewrites:
         call_directly(graph_module)
@@ -228,8 +229,8 @@ def _together(outcomes: Sequence[Outcome]) -> Outcome:
 class Outer:
     """What is known of somebody's backend."""
 
-    inner: str | Callable[..., Any]  # as the option `inner` has it
-    config: dict[str, Any]  # of Inductor, where it is the backend
+    inner: str | Callable[..., Any]  # as in the option `inner`
+    config: dict[str, Any]  # Inductor's settings, if it is the backend
     ours: bool  # it runs the pass by itself
 
     @classmethod
@@ -246,7 +247,7 @@ class Outer:
         return self.inner == "inductor" and tunes(self.config)
 
     def settings(self, graph_module: GraphModule, rewritten: bool) -> Any:
-        """What a rewritten graph wants of Inductor, unless the user said otherwise; see `layout_kept`."""
+        """The settings of Inductor for a rewritten graph, unless the user chose others; see `layout_kept`."""
         if self.inner != "inductor" or not rewritten or "layout_optimization" in self.config:
             return nullcontext()
         from fusionpass.private import config
@@ -265,14 +266,15 @@ def _innermost(compiler: Any) -> Any:
 
 
 def _registered(compiler: Callable[..., Any]) -> str | Callable[..., Any]:
-    """The name of one of the backends that the pass knows apart, or the callable itself."""
+    """The name of the backend, if it is one that the pass treats in its own way; else the callable itself."""
     from fusionpass.private import lookup_backend
 
     return next((name for name in ("eager", "aot_eager", "inductor") if lookup_backend(name) is compiler), compiler)
 
 
 def _through_dynamo(work: Callable[[], Any]) -> Any:
-    """`work`, whose refusals leave Dynamo as what they are: it wraps all exceptions but those of this kind."""
+    """Run `work` so that its refusals come out of Dynamo unchanged. Dynamo wraps all exceptions except those of this
+    kind."""
     from fusionpass.private import ShortenTraceback
 
     try:

@@ -1,4 +1,4 @@
-"""Is something recording this call? A fused function then steps aside, and what it was made of is recorded."""
+"""Is something recording this call? Then a fused function lets the original function be recorded instead."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def recorder() -> str | None:
-    """Who records the calls of this thread, by the name its user knows; None where nobody does.
+    """Who records the calls of this thread, by the name that users know; None if nobody does.
 
-    Dynamo is asked for apart, by `is_dynamo_compiling`: it answers while it reads the caller's code, and its graph can be
-    rewritten. The flags "someone compiles" and "FX traces" are of the process, so they only tell that the thread's own
-    state has to be asked; FX's tracer has none of its own, and `torch.compile` refuses to run beside it in any thread.
+    Dynamo is not asked here but by `is_dynamo_compiling`: this is true while Dynamo reads the caller's code, and
+    Dynamo's graph can be rewritten. The flags "someone compiles" and "FX traces" belong to the process. They only say
+    that the state of the thread has to be asked. FX's tracer has no such state, and while it runs, `torch.compile`
+    refuses to run in any thread.
     """
     if _get_tracing_state() is not None:
         return "torch.jit.trace"

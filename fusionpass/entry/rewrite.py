@@ -1,4 +1,4 @@
-"""`rewrite(graph)`: the pass on a graph one already has, from any tracer; the graph given stays as it is."""
+"""`rewrite(graph)`: the pass on a graph that you already have, from any tracer. Your graph is not changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusionpass.report import Report
 
 
 class Rewritten(NamedTuple):
-    """What `rewrite` returns: the new graph, of the type that was given, and the report on it."""
+    """What `rewrite` returns: the new graph, of the same type as the given one, and the report on it."""
 
     graph_module: GraphModule | ExportedProgram
     report: Report
@@ -33,9 +33,9 @@ def rewrite(
     Args:
         graph: a `GraphModule` from Dynamo, `torch.export`, `make_fx`, AOTAutograd or `torch.fx.symbolic_trace`, or an
             `ExportedProgram`.
-        example_inputs: one value per graph input, needed where nobody recorded shapes (`symbolic_trace` does not;
-            `FakeTensorProp` and `ShapeProp` do). They are read for shape, dtype, stride, device and `requires_grad` only:
-            the graph runs once on fakes of them, with fake copies of the parameters, buffers and leaf modules.
+        example_inputs: one value per graph input, needed if the graph has no recorded shapes (`symbolic_trace` records none;
+            `FakeTensorProp` and `ShapeProp` do). Only shape, dtype, stride, device and `requires_grad` are read. The
+            graph runs once on fakes of the inputs, with fake copies of the parameters, buffers and leaf modules.
         options: as for `fusionpass.fuse`.
 
     Returns:
@@ -44,7 +44,7 @@ def rewrite(
     Raises:
         TypeError: `graph` is neither of the two.
         ValueError: no shapes and no `example_inputs`, or inputs that do not fit; an unknown option or value.
-        NothingRewritten: under `strict`, when no site was rewritten.
+        NothingRewritten: under `strict`, if no site was rewritten.
     """
     chosen = Options.from_user(options)
     if example_inputs is not None and (isinstance(example_inputs, str) or not isinstance(example_inputs, Sequence)):

@@ -1,8 +1,8 @@
-"""A copy of a GraphModule whose graph may be edited: all else it has is kept, and tensors and submodules are shared.
+"""A copy of a GraphModule whose graph may be edited. Everything else is kept, and tensors and submodules are shared.
 
-What belongs to the module itself (hooks, unused buffers, attributes, its class, whether it trains) comes along. Parameters,
-buffers and leaf modules are the same objects in both. The dicts that hold them are the copy's own, so that a change of one
-module does not show in the other.
+The copy has all that belongs to the module itself: hooks, unused buffers, attributes, its class, whether it trains.
+Parameters, buffers and leaf modules are the same objects in both. The copy has its own dicts for them, so that a change
+of one module does not show in the other.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fusionpass.private import _WrappedHook
 
 
 def editable(graph_module: GraphModule, memo: dict[int, torch.nn.Module] | None = None) -> GraphModule:
-    """The copy; child graphs are copied too, a child that several calls share once.
+    """The copy. Child graphs are copied too; if several calls share one, it is copied once.
 
     Raises:
-        ValueError: `graph_module.forward` was assigned on the instance, so that its graph is not what a call runs.
+        ValueError: `graph_module.forward` was assigned on the instance, so a call does not run the graph.
     """
     if replaces_forward(graph_module):
         raise ValueError(
             "the graph module's forward was replaced on the instance, so its graph is not what a call runs: "
-            "give rewrite the graph module as it was before, and wrap what comes back"
+            "give rewrite the graph module as it was before, and wrap the result"
         )
     memo = {} if memo is None else memo
     if id(graph_module) in memo:
@@ -40,7 +40,7 @@ def editable(graph_module: GraphModule, memo: dict[int, torch.nn.Module] | None 
 
 
 def replaces_forward(graph_module: GraphModule) -> bool:
-    """Whether somebody assigned `forward` on the instance, as wrappers of modules do; its graph is not what runs then."""
+    """Whether somebody assigned `forward` on the instance, as wrappers of modules do. A call then does not run the graph."""
     return "forward" in vars(graph_module)
 
 
@@ -62,7 +62,7 @@ def _shallow(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> Any:
     new = type(module).__new__(type(module))
     memo[id(module)] = new
     for name, value in vars(module).items():
-        if name in ("_graph", "_compiled_call_impl"):  # a graph of its own; compiled code would call the old module
+        if name in ("_graph", "_compiled_call_impl"):  # the copy gets its own graph; compiled code calls the old module
             continue
         if (name.startswith("_") or name == "meta") and isinstance(value, dict | list | set):
             value = copy.copy(value)
@@ -72,7 +72,7 @@ def _shallow(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> Any:
     if isinstance(module, GraphModule):  # every graph module has a class of its own, made by __new__
         type(new).__name__ = type(module).__name__
     for name, child in module._modules.items():
-        if type(child) is torch.nn.Module:  # holds what a path leads through, and is nobody's leaf
+        if type(child) is torch.nn.Module:  # only a container on a path, no leaf module
             new._modules[name] = _copy_of(child, memo)
     return new
 
@@ -87,7 +87,7 @@ def _rebound(value: Any, old: torch.nn.Module, new: torch.nn.Module) -> Any:
 
 
 def _own_container(root: torch.nn.Module, path: str, memo: dict[int, torch.nn.Module]) -> torch.nn.Module:
-    """The submodule at `path` of the copy, each module on the way to it copied too, so that a child can be exchanged."""
+    """The submodule at `path` of the copy. Each module on the path is copied too, so that a child can be exchanged."""
     own = {id(module) for module in memo.values()}
     for name in filter(None, path.split(".")):
         inner = getattr(root, name)
@@ -110,8 +110,8 @@ def _copy_of(module: torch.nn.Module, memo: dict[int, torch.nn.Module]) -> torch
 
 
 def _copied(graph: Graph) -> Graph:
-    """The graph with every node's name: copying renames those that are called as a builtin is, such as `input`, by which
-    name an exported program's signature knows it. And with what Dynamo puts on its inputs, which AOTAutograd asks for."""
+    """The graph with every node's name. A plain copy renames nodes that have the name of a builtin, such as `input`, and an
+    exported program's signature knows its inputs by name. Also with what Dynamo puts on its inputs and AOTAutograd needs."""
     new = copy.deepcopy(graph)
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         new_node.name = old_node.name

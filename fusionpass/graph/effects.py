@@ -1,11 +1,11 @@
-"""Which node writes which memory, and one question: may a value read there be read here instead?
+"""Which node writes which memory, and one question: may a value be read here instead of there?
 
 Memory is identified by the storage of the tracer's fake tensors: views, in-place results, `.to(same dtype)` and
 parameters that share memory have one storage. `make_fx` in "real" mode records a storage per node, so the alias
 annotations of aten schemas are followed as well.
 
-Memory that comes from outside, of inputs and attributes, may be shared in a later call though it was not in the one that was
-traced: Dynamo guards on equal tensors, not on overlapping ones. A write to any of it may hit all of it.
+Inputs and attributes bring memory from outside. In a later call they may share memory, even if they did not in the traced
+one: Dynamo guards on equal tensors, not on overlapping ones. So a write to one of them may hit all of them.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Effects:
     def __init__(self, graph_module: GraphModule, inside_functorch: bool = False):
         self._owner = graph_module
         self._storages: dict[Node, frozenset[int]] = {}
-        self._stands_for: dict[Node, Node] = {}  # a replacement -> the add whose place it took
+        self._stands_for: dict[Node, Node] = {}  # a replacement -> the add that it replaced
         self._groups: dict[int, list[Node]] | None = None
         self._nodes = list(graph_module.graph.nodes)
         self.position = {node: index for index, node in enumerate(self._nodes)}
         self._writes: dict[int, list[int]] = defaultdict(list)  # storage -> positions, ascending
         self._all_writes: list[int] = []
-        self._barriers: list[int] = []  # positions of writes to memory nobody can name
+        self._barriers: list[int] = []  # positions of writes to unknown memory
         self._outside_writes: list[int] = []  # positions of writes to memory from outside
         self._outside: frozenset[int] | None = None
         self._states: list[int] = []
@@ -82,7 +82,7 @@ class Effects:
                     self._reshaped.setdefault(storage, node)
 
     def _outside_storages(self) -> frozenset[int]:
-        """The memory of inputs and attributes; asked only where something is written."""
+        """The memory of inputs and attributes. Looked up only if something is written."""
         if self._outside is None:
             given = [node for node in self._nodes if node.op in ("placeholder", "get_attr")]
             self._outside = frozenset(key for node in given for key in self.storages(node))
@@ -90,17 +90,17 @@ class Effects:
 
     @property
     def has_levels(self) -> bool:
-        """Whether the graph, or one around it, opens levels of torch.func."""
+        """Whether the graph, or a graph around it, opens levels of torch.func."""
         return self._inside_functorch or bool(self._levels)
 
     def inside_functorch(self, first: Node, last: Node) -> bool:
-        """Whether a level of torch.func is open at, or opens or closes between, the two nodes."""
+        """Whether a level of torch.func is open at the two nodes, or opens or closes between them."""
         start, end = self.position[first], self.position[last]
         depth = sum(change for index, change in self._levels if index < start)
         return self._inside_functorch or depth != 0 or any(start <= index <= end for index, _ in self._levels)
 
     def storages(self, node: Node) -> frozenset[int]:
-        """Identities of the memory the node's value lives in; empty when it holds no tensor or none was recorded."""
+        """Identities of the memory in which the node's value lies; empty if it has no tensor or none was recorded."""
         chain = []
         node = self._stands_for.get(node, node)
         while node not in self._storages:
@@ -118,17 +118,15 @@ class Effects:
 
     def _own_storages(self, node: Node) -> frozenset[int]:
         value = value_of(node)
-        if (
-            value is None and node.op == "get_attr"
-        ):  # make_fx records nothing of a tensor that a function knows by itself
+        if value is None and node.op == "get_attr":  # make_fx records no value for a tensor that a function closes over
             value = attribute(self._owner, str(node.target))
         tensors = value if isinstance(value, (list, tuple)) else (value,)
         return frozenset(key for t in tensors if isinstance(t, torch.Tensor) for key in storage_keys(t))
 
     def write_between(self, operand: Node | str, read: Node, now: Node, but: Collection[Node] = ()) -> Node | None:
-        """The first node after `read` and before `now`, `but` for some, that may write the operand's memory, or None.
+        """The first node after `read` and before `now`, except those in `but`, that may write the operand's memory, or None.
 
-        Of a parameter by its path, which no node of the graph stands for, any write may.
+        If the operand is the path of a parameter, for which the graph has no node, any write may be one to it.
         """
         start, end = self.position[read], self.position[now]
         if isinstance(operand, str):
@@ -156,7 +154,7 @@ class Effects:
         return None if position is None else self._nodes[position]
 
     def reshaped_by(self, operand: Node | str) -> Node | None:
-        """A node that changes the shape or strides of the operand's memory in place: what was recorded of it lies."""
+        """A node that changes the shape or strides of the operand's memory in place: then the recorded values are wrong."""
         if not self._reshaped or isinstance(operand, str):
             return None
         for key in self.storages(operand):
@@ -166,7 +164,7 @@ class Effects:
 
     def other_reader(self, operand: Node, writer: Node) -> Node | None:
         """What would notice that `writer` no longer writes the operand's memory: an owner outside the graph, or a later
-        reader of an older name of it. None when the memory is the graph's own and dead but for `writer`'s result."""
+        reader of an older name of it. None if the memory is the graph's own and only `writer`'s result is still read."""
         now = self.position[writer]
         for key in self.storages(operand):
             for node in self._group(key):
@@ -180,7 +178,7 @@ class Effects:
         return None
 
     def adopt(self, new: Node, old: Node) -> None:
-        """Let `new` stand where `old` stood, in position and in memory: readers of the old sum's views read its own."""
+        """Give `new` the position and the memory of `old`: readers of views of the old sum now read views of the new one."""
         index = self.position[new] = self.position[old]
         self._nodes[index] = new
         self._stands_for[new] = old
@@ -197,8 +195,8 @@ class Effects:
         return self._groups[key]
 
 
-# Composite functions that hand on their input itself where they have nothing to do, though no schema says so; of some of
-# them fake tensors are fresh.
+# Composite functions that return their input itself if they have nothing to do. No schema says so, and for some of them the
+# fake result is a fresh tensor.
 _MAY_BE_ITS_INPUT = frozenset(
     "dropout dropout_ feature_dropout alpha_dropout feature_alpha_dropout dropout1d dropout2d dropout3d einsum type_as "
     "atleast_1d atleast_2d atleast_3d broadcast_tensors meshgrid to_dense positive".split()
@@ -206,14 +204,14 @@ _MAY_BE_ITS_INPUT = frozenset(
 
 
 def may_be_its_input(node: Node) -> bool:
-    """Whether the result may be one of the operands itself, or a view of it, without anything that says so."""
+    """Whether the result may be one of the operands itself, or a view of it, though nothing says so."""
     return torch_name(node) in _MAY_BE_ITS_INPUT
 
 
 def fills_its_memory(node: Node) -> bool:
-    """Whether the node's tensor is known to be all that its storage holds.
+    """Whether the node's tensor is known to fill its whole storage.
 
-    Where each node was recorded with a storage of its own, the value that it is a view of tells.
+    If each node was recorded with a storage of its own, the value that the node is a view of is asked too.
     """
     tensor = tensor_of(node)
     size = tensor.numel() * tensor.element_size()
@@ -239,7 +237,7 @@ def _may_hold_tensor(node: Node) -> bool:
 
 
 def _aliased_operand(node: Node) -> Node | None:
-    """The first operand whose memory the node's result shares by its schema, or that it takes an element of."""
+    """The first operand whose memory the node's result shares by its schema, or whose element it takes."""
     target = node.target
     if isinstance(target, OpOverload):
         found = _aliased_argument(target)

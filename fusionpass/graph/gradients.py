@@ -1,7 +1,7 @@
-"""Which values of a graph require gradients, where the tracer recorded that of its inputs alone.
+"""Which values of a graph require gradients, if the tracer recorded this for the inputs only.
 
-`torch.export` and `make_fx` record values apart from autograd. Run with gradients, all that is computed from a parameter
-that requires them does too, and a stage that has no backward must stay outside.
+`torch.export` and `make_fx` record values without autograd. If the graph runs with gradients, every value computed from a
+parameter that requires gradients requires them too. A stage that has no backward must then stay outside.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from fusionpass.private import HigherOrderOperator
 
 @contextmanager
 def as_in_training(graph_module: GraphModule, example_inputs: Sequence[Any] = ()) -> Iterator[None]:
-    """While the block runs, recorded values say `requires_grad` as they would in a run with gradients.
+    """Inside the block, recorded values say `requires_grad` as they would in a run with gradients.
 
-    The records are exchanged, not changed: other graphs may share them. Nothing is done where gradients are off, or where
-    the tracer's own records say it.
+    The records are exchanged, not changed, because other graphs may share them. Nothing is done if gradients are off, or if
+    the tracer's own records say it already.
     """
     if not torch.is_grad_enabled() or _says_itself(graph_module):
         yield
@@ -48,7 +48,7 @@ def _requires(value: Any) -> bool:
 
 
 def _spread(graph_module: GraphModule, inputs: Sequence[bool], given: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Exchange the records of all that is computed from something that requires gradients, child graphs included."""
+    """Exchange the records of all values computed from something that requires gradients, in child graphs too."""
     wanted: set[Node] = set()
     known, enabled = iter(inputs), True
     for node in graph_module.graph.nodes:
@@ -86,11 +86,11 @@ def _children(graph_module: GraphModule, node: Node) -> list[GraphModule]:
 
 
 def _requiring(value: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
-    """The same memory, laid out the same, as a value that requires gradients."""
+    """The same memory with the same layout, as a value that requires gradients."""
     if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
         return value
     with torch.no_grad():
-        if value.is_inference():  # as recorded in inference mode; its own aliases can't require any
+        if value.is_inference():  # recorded in inference mode: an alias of it cannot require gradients
             with getattr(value, "fake_mode", None) or nullcontext():
                 new = torch.empty(0, dtype=value.dtype, device=value.device)
                 new.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
@@ -102,7 +102,7 @@ def _requiring(value: Any, given: dict[int, tuple[Tensor, Tensor]]) -> Any:
 
 
 def _restore(graph_module: GraphModule, given: dict[int, tuple[Tensor, Tensor]]) -> None:
-    """Put the tracer's records back, also where a new node has taken them over."""
+    """Put the tracer's records back, also on new nodes that have taken them over."""
     for node in graph_module.graph.nodes:
         for key in ("val", "example_value"):
             if key in node.meta:

@@ -1,8 +1,8 @@
-"""Which torch operation is this? The one place that looks at what a call is called.
+"""Which torch operation is this? Only this module looks at the names of what is called.
 
-A name counts only for torch's own: overloads of `aten` and `prims`, torch's functions, Python's operators, Tensor methods. A
-user's op `mylib::half`, a function `flatten` kept by `torch.fx.wrap`, or a method of an object that is no tensor may carry
-the same name and do anything.
+A name counts only if it is torch's own: overloads of `aten` and `prims`, torch's functions, Python's operators, Tensor
+methods. A user's op `mylib::half`, a function `flatten` kept by `torch.fx.wrap`, or a method of an object that is no tensor
+may have the same name and do anything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fusionpass.private import OpOverload, OpOverloadPacket
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _COMPILED = (types.MethodDescriptorType, types.WrapperDescriptorType, types.BuiltinFunctionType)
 _NAMESPACES = ("aten", "prims", "prim")
-# Where torch's compiled functions live; a Python function is looked up in the module that it says it is from.
+# Where torch's compiled functions are found. A Python function is looked up in the module that its `__module__` names.
 _OWNERS = (
     torch,
     F,
@@ -54,27 +54,27 @@ def torch_name(node: Node) -> str:
         return name_of(node.target)
     if node.op != "call_method":
         return ""
-    # A receiver without a recorded value is not known to be a tensor: the object may be the user's own.
+    # A receiver without a recorded value may be no tensor but an object of the user's.
     receiver = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
     name = str(node.target)
     return name if isinstance(receiver, torch.Tensor) and _tensor_has(name) else ""
 
 
 def _tensor_has(name: str) -> bool:
-    """Whether Tensor's method of this name is torch's own. People add methods and patch them, so it is asked each time."""
+    """Whether Tensor's method of this name is torch's own. Asked each time, since people add methods and patch them."""
     method = getattr(torch.Tensor, name, None)
     return isinstance(method, _COMPILED) or written_in_torch(method)
 
 
 def written_in_torch(function: Any) -> bool:
-    """By the file of its code: a patch made with `functools.wraps` has torch's name and module, but not its file."""
+    """Told by the file of its code. A patch made with `functools.wraps` has torch's name and module, but not its file."""
     code = getattr(function, "__code__", None)
     return code is not None and code.co_filename.startswith(_TORCH)
 
 
 @lru_cache(maxsize=4096)
 def name_of(target: Any) -> str:
-    """The same of what a `call_function` node calls."""
+    """`torch_name` of the target of a `call_function` node."""
     if isinstance(target, OpOverload):
         return target.overloadpacket.__name__ if target.namespace in _NAMESPACES else ""
     if isinstance(target, OpOverloadPacket):
@@ -84,7 +84,7 @@ def name_of(target: Any) -> str:
 
 
 def _is_its_own(target: Any, name: str) -> bool:
-    """Whether torch or Python has this very object under its name: a wrapper or patch that took over the name is not it."""
+    """Whether torch or Python has this very object under its name. A wrapper or patch with that name is another object."""
     home = getattr(target, "__module__", None)
     if home is not None and home.partition(".")[0] not in _HOMES:
         return False
@@ -94,8 +94,8 @@ def _is_its_own(target: Any, name: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def is_public(target: Any) -> bool:
-    """Whether a function is one of torch's documented kind, from its public namespaces: these write only what their names,
-    `out=` and `inplace=` say. Functions of torch's inner modules follow no such rule."""
+    """Whether a function is from torch's public namespaces. Such functions write only what their names, `out=` and
+    `inplace=` say. Functions of torch's inner modules follow no such rule."""
     name = name_of(target)
     return bool(name) and any(getattr(owner, name, None) is target for owner in (*_OWNERS, torch.functional))
 

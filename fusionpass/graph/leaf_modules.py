@@ -1,8 +1,8 @@
 """What does calling a leaf module do? Only an untouched module of torch.nn is known to compute what its class says.
 
 People replace `forward` on an instance or a class (accelerate's hooks, Liger's and unsloth's patches), register hooks on one
-module or on all, write subclasses, and reparametrise weights. A graph of `symbolic_trace` shows none of it: such a module is
-not plain, and what is not plain may write any memory.
+module or on all, write subclasses, and reparametrise weights. A graph of `symbolic_trace` shows none of this. A module
+with any of it is not plain, and a module that is not plain may write any memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_plain(module: torch.nn.Module) -> bool:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling the module runs forward or backward hooks besides its forward: its own, or those of all modules."""
+    """Whether calling the module also runs forward or backward hooks: its own, or those of all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -32,7 +32,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 def is_pure(module: torch.nn.Module | None) -> bool:
-    """Whether a call of the module is known to write nothing: no memory it was given, no state of its own."""
+    """Whether a call of the module is known to write nothing: neither memory that it was given nor its own state."""
     return module is not None and is_plain(module) and not _keeps_state(module) and all(map(is_pure, module.children()))
 
 
@@ -50,7 +50,8 @@ _REPLACEABLE = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
 
 
 def _functions_are_torchs() -> bool:
-    """Whether what the formula's modules call is torch's own: shims for adapters and quantised weights patch these."""
+    """Whether the functions that the formula's modules call are torch's own: shims for adapters and quantised weights
+    patch them."""
     return (
         F.linear is torch._C._nn.linear
         and torch.sigmoid is torch._C._VariableFunctions.sigmoid
@@ -63,5 +64,5 @@ def _keeps_state(module: torch.nn.Module) -> bool:
     if getattr(module, "inplace", False) or isinstance(module, torch.nn.modules.lazy.LazyModuleMixin):
         return True
     if isinstance(module, _NormBase):
-        return module.track_running_stats  # in eval too: the graph's owner may go back to training
-    return getattr(module, "max_norm", None) is not None  # an embedding that renormalises its rows
+        return module.track_running_stats  # in eval too: the user may go back to training
+    return getattr(module, "max_norm", None) is not None  # then an embedding renormalises its rows

@@ -1,4 +1,4 @@
-"""A node in words, for sentences: its name and what it does, `to_3, a cast to float32`, whatever the tracer."""
+"""A node in words, for sentences: its name and what it does, `to_3, a cast to float32`. The same for every tracer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WORDS = {
     "glu": "a glu",
     "dropout": "a dropout",
 }
-# Views whose bare name reads badly behind "a".
+# Views whose bare name reads badly after "a".
 VIEWS = {
     "getitem": "an item",
     "T": "a transpose",
@@ -50,9 +50,9 @@ KINDS = {"placeholder": "an input of the graph", "get_attr": "a parameter or buf
 
 
 def describe(node: Node, words: Vocabulary | None = None) -> str:
-    """The node's name and its operation, as `view_2, a view`; with the vocabulary of its graph, modules by their class.
+    """The node's name and its operation, as `view_2, a view`. With the vocabulary of its graph, modules are named by class.
 
-    Never raises: a sentence about a graph must not fail on a node of a kind that nobody has thought of.
+    It never raises: a sentence about a graph must not fail on an unforeseen kind of node.
     """
     return f"{node.name}, {operation_of(node, words)}"
 
@@ -67,7 +67,7 @@ def operation_of(node: Node, words: Vocabulary | None = None) -> str:
         return _cast(node)
     if gather_of(node) is not None:
         return "a gather of rows"
-    known = (words or Vocabulary(torch.nn.Module())).operation(node)  # of no module, which were asked about above
+    known = (words or Vocabulary(torch.nn.Module())).operation(node)  # needs no submodules: `call_module` is done above
     if known is not None:
         word = WORDS.get(known.removesuffix("_"), _article(known.removesuffix("_")))
         return f"{word} written in place" if known.endswith("_") else word
@@ -78,7 +78,7 @@ def operation_of(node: Node, words: Vocabulary | None = None) -> str:
 
 
 def spelled(node: Node) -> str:
-    """What the node calls, as one would write it: "torch.ops.c10d.all_reduce_.default", "Tensor.cumsum", "torch.topk"."""
+    """What the node calls, as in code: "torch.ops.c10d.all_reduce_.default", "Tensor.cumsum", "torch.topk"."""
     target = node.target
     if isinstance(target, OpOverload):
         return f"torch.ops.{target}"

@@ -1,4 +1,4 @@
-"""What a node does to the layout of a value, whatever the tracer: casts, views, gathers of rows, and who reads it."""
+"""What a node does to the layout of a value, for every tracer: casts, views, gathers of rows, and who reads it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fusionpass.graph.identity import torch_name
 from fusionpass.graph.tensors import known_equal, same_sizes, same_strides, storage_key, tensor_of
 
 CASTS = frozenset("to type type_as float half bfloat16 double _to_copy convert_element_type".split())
-# Reorder or drop nothing: with one value per row, the rows come out in the order they went in.
+# They reorder or drop nothing: if there is one value per row, the rows keep their order.
 RESHAPES = frozenset(
     "view reshape view_as reshape_as _unsafe_view unsqueeze squeeze flatten unflatten alias contiguous".split()
 )
@@ -29,7 +29,7 @@ REDUCTIONS = frozenset(
     "sum mean amax amin var std prod softmax log_softmax layer_norm rms_norm group_norm norm".split()
 )
 
-# Python's operators that aten calls otherwise.
+# Python's operators that have another name in aten.
 OPERATORS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder", "invert": "bitwise_not"}
 
 
@@ -52,7 +52,7 @@ def is_reshape(node: Node) -> bool:
 
 
 def _takes_all(node: Node) -> bool:
-    """x[..., None], x[:] and the like: slices, which run forward, that leave nothing out."""
+    """x[..., None], x[:] and the like: slices that leave nothing out. (Slices of tensors always run forward.)"""
     name = torch_name(node)
     if name not in ("getitem", "slice") or len(node.args) < 2:
         return False
@@ -80,9 +80,9 @@ def is_identity(node: Node) -> bool:
 
 
 def is_metadata_assert(node: Node) -> bool:
-    """Whether the node only checks dtype, device and layout of a tensor, as export has it before each `.to`.
+    """Whether the node only checks dtype, device and layout of a tensor. torch.export puts one before each `.to`.
 
-    It holds by what the tracer recorded, so it goes with the tensor it speaks of and is none of its readers.
+    What it checks is what the tracer recorded. So it is removed with its tensor, and does not count as a reader.
     """
     return node.target is torch.ops.aten._assert_tensor_metadata.default and not node.users
 

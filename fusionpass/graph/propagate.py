@@ -1,7 +1,7 @@
-"""One run of a graph on fake tensors, in which each node keeps a record of what it gave.
+"""One run of a graph on fake tensors, in which each node keeps a record of its value.
 
-Nothing of the user's is touched by it. Parameters, buffers and leaf modules are fake copies, so what a leaf module's code
-writes, counts or caches, and what its hooks do to it, is the copy's; the random streams are put back. The graphs that a
+Nothing of the user's is touched. Parameters, buffers and leaf modules are fake copies. So only the copy changes when a leaf
+module's code writes, counts or caches something, or when its hooks do. The random streams are put back. The graphs that a
 graph calls as modules, such as the pieces of a split one, are run node by node too.
 """
 
@@ -41,7 +41,7 @@ class _NotCopied(Exception):
     """A leaf module that Python cannot copy."""
 
 
-# What fakes cannot follow. Nothing is known of such a node's value then, nor of what is computed from it.
+# What fakes cannot follow. Then nothing is known of the node's value, nor of what is computed from it.
 _NOT_FOLLOWED = (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -73,7 +73,7 @@ def propagate(graph_module: GraphModule, example_inputs: Sequence[Any]) -> None:
 
 @contextmanager
 def _no_traceback_logged() -> Iterator[None]:
-    """torch logs the traceback of an op that inputs do not fit, besides raising the error that ours restates."""
+    """If the inputs do not fit an op, torch also logs a traceback. Our error says the same, so the log is left out."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
 
     def other(record: logging.LogRecord) -> bool:
@@ -87,13 +87,13 @@ def _no_traceback_logged() -> Iterator[None]:
 
 
 def lacks_values(graph_module: GraphModule) -> bool:
-    """Whether the graph calls something and nobody recorded a value of any call."""
+    """Whether the graph has calls, and none of them has a recorded value."""
     calls = [node for node in graph_module.graph.nodes if node.op.startswith("call_")]
     return bool(calls) and all(value_of(node) is None for node in calls)
 
 
 def called_graphs(graph_module: GraphModule) -> list[GraphModule]:
-    """The graphs that this one calls as modules, where running their nodes is all that the call does."""
+    """The graphs that this one calls as modules, if the call does nothing else than run their nodes."""
     targets = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
     return [module for module in map(graph_module.get_submodule, targets) if _is_graph(module)]
 
@@ -103,7 +103,7 @@ def _is_graph(module: Any) -> bool:
 
 
 class _Fakes:
-    """Fake copies of tensors and modules: one for each, so that what is shared or aliased stays so."""
+    """Fake copies of tensors and modules. Each has one copy, so that what is shared or aliased stays so."""
 
     def __init__(self, mode: Any):
         self.mode = mode
@@ -136,7 +136,7 @@ class _Fakes:
         try:
             with FakeCopyMode(self.mode):
                 new = copy.deepcopy(module, self._memo)
-        except Exception as error:  # whatever a user's object raises that is not made to be copied
+        except Exception as error:  # an object of the user's that cannot be copied may raise anything
             log.info("%s is not run for shapes: it cannot be copied (%s)", type(module).__name__, error)
             raise _NotCopied from error
         self._given.append(module)
@@ -150,7 +150,7 @@ class _Recorder(Interpreter):
         super().__init__(module)
         self.extra_traceback = False
         self.fakes = fakes
-        self.seen = seen  # a called graph, by id -> what it was called on; None when it was called on different things
+        self.seen = seen  # id of a called graph -> what it was called on; None if its calls differ
         self.records = records
         self.recorded: set[int] = set()  # the graphs whose records are ours
 
@@ -178,7 +178,7 @@ class _Recorder(Interpreter):
         return self._called(module, args, kwargs)
 
     def _called(self, graph_module: GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Run a graph within this one. Its nodes have one record each, so it must be called on the same things each time."""
+        """Run a graph that this one calls. Its nodes have one record each, so every call must be on the same things."""
         inputs = _bound(graph_module, graph_module.graph.process_inputs(*args), kwargs)
         signature = self._signature(inputs)
         key, records = id(graph_module), False
@@ -198,7 +198,7 @@ class _Recorder(Interpreter):
 
     def _reads_unknown(self, n: Node) -> bool:
         values = [self.env[node] for node in n.all_input_nodes]
-        if n.target is operator.getitem:  # of a tuple, of which other elements may be known
+        if n.target is operator.getitem:  # other elements of the tuple may be known
             return any(value is _UNKNOWN for value in values)
         return any(leaf is _UNKNOWN for leaf in tree_leaves(values))
 
@@ -211,7 +211,7 @@ class _Recorder(Interpreter):
         return value if isinstance(value, int | float | torch.SymInt | torch.SymFloat | torch.SymBool) else None
 
     def _signature(self, inputs: Sequence[Any]) -> tuple:
-        """What tells two calls of a graph apart: each input's kind, and which inputs lie in the same memory."""
+        """How two calls of a graph may differ: the kind of each input, and which inputs lie in the same memory."""
         places: dict[Any, Any] = {}
         parts = []
         for leaf in tree_leaves(list(inputs)):
@@ -238,7 +238,7 @@ def _bound(graph_module: GraphModule, args: Sequence[Any], kwargs: Mapping[str, 
 
 @contextmanager
 def _random_streams_kept() -> Iterator[None]:
-    """A leaf module's own code may draw random numbers: the user's stay theirs."""
+    """Put the user's random streams back: a leaf module's own code may draw from them."""
     numpy = sys.modules.get("numpy")
     python, arrays = random.getstate(), numpy.random.get_state() if numpy is not None else None
     with torch.random.fork_rng(devices=[]):

@@ -16,7 +16,7 @@ _WRAPPED = re.compile(r"^[LG]\['(\w+)'\]")
 
 
 def source_of(node: Node) -> str:
-    """`file.py:line` of the innermost frame the tracer recorded, "" when it recorded none."""
+    """`file.py:line` of the innermost frame that the tracer recorded, "" if it recorded none."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
@@ -25,7 +25,7 @@ def source_of(node: Node) -> str:
 
 
 def module_of(node: Node) -> str:
-    """Dotted path of the innermost module the node was traced in, "" for the root or when none was recorded."""
+    """Dotted path of the innermost module that the node was traced in, "" for the root or if none was recorded."""
     stack = node.meta.get("nn_module_stack") or {}
     if not stack:
         return ""
@@ -36,7 +36,7 @@ def module_of(node: Node) -> str:
 
 
 def inherit(old: Node, name: str) -> dict[str, Any]:
-    """The metadata of a node that computes `old`'s value in another way, with `old` recorded as its origin."""
+    """The metadata for a new node that computes `old`'s value in another way. It records `old` as the origin."""
     meta = dict(old.meta)
     meta["from_node"] = [NodeSource(old, "fusionpass", NodeSourceAction.REPLACE)]
     if "source_fn_stack" in meta:

@@ -1,10 +1,10 @@
-"""Why something is left alone. A refusal is a value: whoever asked decides what follows from it."""
+"""Why something is left alone. A refusal is a value: the caller decides what follows from it."""
 
 from __future__ import annotations
 
 
 class Refusal:
-    """Why not: a stable code, and a sentence rendered only when somebody reads it."""
+    """A stable code, and a sentence that is put together only when somebody reads it."""
 
     __slots__ = ("args", "code", "template")
 

@@ -1,6 +1,6 @@
 """Recorded values for graphs whose tracer left none: from `example_inputs`, or from what `ShapeProp` recorded of the inputs.
 
-The graph runs once on fakes (`fusionpass.graph.propagate`); this module decides whether it must, and on what.
+The graph then runs once on fakes (`fusionpass.graph.propagate`). This module decides whether it must, and on which inputs.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fusionpass.graph.tensors import value_of
 from fusionpass.private import FakeTensorMode
 
 _NONE_RECORDED = (
-    "the graph has no recorded shapes, as torch.fx.symbolic_trace leaves it: pass rewrite(graph, example_inputs) "
+    "the graph has no recorded shapes, as after torch.fx.symbolic_trace: call rewrite(graph, example_inputs) "
     "with one value per input"
 )
 
 
 def ensure_shapes(graph_module: GraphModule, example_inputs: Sequence[Any] | None) -> None:
-    """Have a recorded value on the nodes of the graph and of the graphs that it calls.
+    """Make sure that the nodes of the graph, and of the graphs that it calls, have recorded values.
 
     Raises:
-        ValueError: `example_inputs` that do not fit the graph, or none where no value is recorded.
+        ValueError: `example_inputs` do not fit the graph, or there are none and no value is recorded.
     """
     inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     if example_inputs is not None:
@@ -54,7 +54,7 @@ def _within(graph_module: GraphModule) -> Iterator[GraphModule]:
 
 
 def _recorded_inputs(graph_module: GraphModule, inputs: Sequence[Node]) -> list[Any] | None:
-    """The graph's inputs as fakes, by what somebody recorded of them; None where nobody did."""
+    """The graph's inputs as fakes, made from their records; None if nothing was recorded."""
     if any("tensor_meta" in node.meta and value_of(node) is None for node in graph_module.graph.nodes):
         return _of_shape_prop(graph_module, inputs)
     values = [value_of(node) for node in inputs]
@@ -62,10 +62,10 @@ def _recorded_inputs(graph_module: GraphModule, inputs: Sequence[Node]) -> list[
 
 
 def _of_shape_prop(graph_module: GraphModule, inputs: Sequence[Node]) -> list[Any]:
-    """What `ShapeProp` recorded has a shape, dtype and strides, but no device and no memory.
+    """`ShapeProp` records a shape, dtype and strides, but no device and no memory.
 
-    So the graph runs on fakes of these: that tells which value is a view of which. The device is the one of the parameters.
-    Inputs are taken to be memory of their own each, as the tracer's placeholders are.
+    So the graph runs on fakes made from these. This run shows which value is a view of which. The device is that of the
+    parameters. Each input is taken to have memory of its own, like the tracer's placeholders.
     """
     sizes = chain.from_iterable(
         (*m.shape, *m.stride) for node in inputs for m in _metadata_in(node.meta.get("tensor_meta"))
@@ -88,7 +88,7 @@ def _of_shape_prop(graph_module: GraphModule, inputs: Sequence[Node]) -> list[An
     for node in inputs:
         metadata = _metadata_in(node.meta.get("tensor_meta"))
         if any(each.is_quantized or len(each.shape) != len(each.stride) for each in metadata):
-            raise ValueError(f"ShapeProp recorded of {node.name} a quantized or sparse tensor: {_GIVE_INPUTS}")
+            raise ValueError(f"ShapeProp recorded a quantized or sparse tensor for {node.name}: {_GIVE_INPUTS}")
         if not metadata and not node.args and node.users:
             raise ValueError(f"ShapeProp recorded no value of {node.name}, which is no tensor: {_GIVE_INPUTS}")
         found.append(fake(node.meta["tensor_meta"]) if metadata else (node.args[0] if node.args else None))

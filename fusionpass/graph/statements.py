@@ -1,7 +1,7 @@
-"""In-place statements, `b.mul_(s)` and then `b`: while the pass looks, later readers of b read the statement's result.
+"""In-place statements, `b.mul_(s)` and then `b`: during the pass, later readers of b read the statement's result.
 
-That is the same tensor, so the graph means the same, and what is read after the write is told from what is read before.
-Readers that are still there when the pass is done get the name back that they had.
+This is the same tensor, so the graph means the same. It shows which reads come after the write and which before. When
+the pass is done, the readers that are left read `b` again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fusionpass.graph.vocabulary import Vocabulary
 
 
 class Redirected(NamedTuple):
-    """`reader` reads `result` for now, in place of the `written` tensor, which is the same one."""
+    """For now `reader` reads `result` instead of `written`. Both are the same tensor."""
 
     reader: Node
     written: Node
@@ -23,7 +23,7 @@ class Redirected(NamedTuple):
 
 
 def redirect(graph: Graph, in_place: Sequence[Node], words: Vocabulary) -> list[Redirected]:
-    """Have what reads a tensor after one of the `in_place` nodes wrote it, in graph order, read that node."""
+    """If a node reads a tensor after one of the `in_place` nodes wrote it, let it read the `in_place` node instead."""
     found: list[Redirected] = []
     position = {node: index for index, node in enumerate(graph.nodes)} if in_place else {}
     for node in in_place:
@@ -39,7 +39,7 @@ def redirect(graph: Graph, in_place: Sequence[Node], words: Vocabulary) -> list[
 
 
 def restore(graph: Graph, redirected: Sequence[Redirected]) -> None:
-    """Give the readers that the pass left alone their old names back."""
+    """Let the readers that the pass left alone read what they read before."""
     alive = set(graph.nodes) if redirected else set()
     for reader, written, result in reversed(redirected):
         if {reader, written, result} <= alive and result in reader.all_input_nodes:

@@ -1,7 +1,7 @@
-"""What the tracer recorded of a node's value, asked without installing guards.
+"""What the tracer recorded of a node's value, read without installing guards.
 
 A size may be symbolic. A plain `==` on it inside a backend makes Dynamo guard on the answer and recompile for the next
-size (3 compiles instead of 1 for three values of T), so every comparison here goes through `statically_known_true`.
+size: 3 compiles instead of 1 for three values of T. So every comparison here uses `statically_known_true`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fusionpass.kernels.contract import listed
 from fusionpass.private import FakeTensor
 
-# nn.Buffer is a Tensor by its type; UninitializedParameter and everything else brings rules of its own.
+# The type of an nn.Buffer is Tensor. UninitializedParameter and all other types have rules of their own.
 PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
@@ -42,8 +42,8 @@ def tensor_of(node: object) -> torch.Tensor | None:
 
 
 def settled(argument: Any) -> Any:
-    """An argument of a call with the numbers that the tracer recorded for the nodes in it: sizes and dims are nodes in a
-    graph of `symbolic_trace`. A node that holds a tensor, or of which nothing is recorded, stays."""
+    """An argument of a call, in which recorded numbers take the place of nodes: in a graph of `symbolic_trace` sizes
+    and dims are nodes. A node that holds a tensor, or has no recorded value, stays."""
     if isinstance(argument, Node):
         value = value_of(argument)
         return argument if value is None or isinstance(value, torch.Tensor) else settled(value)
@@ -53,14 +53,14 @@ def settled(argument: Any) -> Any:
 
 
 def known_equal(left: Any, right: Any) -> bool:
-    """True only when the two sizes are equal for every input the graph admits."""
+    """True only if the two sizes are equal for every input that the graph admits."""
     if isinstance(left, int) and isinstance(right, int):
         return left == right
     return statically_known_true(left == right)
 
 
 def fixed(size: Any) -> int | None:
-    """The size as a number, None when inputs of other sizes are admitted."""
+    """The size as a number; None if the graph admits inputs of other sizes."""
     return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
@@ -77,7 +77,7 @@ def broadcasts_to(shape: Sequence[Any], target: Sequence[Any]) -> bool:
 
 
 def same_strides(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Equal strides wherever they matter: a dimension of size 1 is never stepped along."""
+    """Whether the strides are equal where they matter. The stride of a dimension of size 1 does not matter."""
     strides = zip(left.shape, left.stride(), right.stride(), strict=True)
     return all(known_equal(size, 1) or known_equal(x, y) for size, x, y in strides)
 
@@ -92,7 +92,7 @@ def known_contiguous(tensor: torch.Tensor) -> bool:
 
 
 def under_autocast(device: torch.device) -> bool:
-    """Whether autocast is on around the pass for a device's ops; some devices know no autocast."""
+    """Whether autocast is on around the pass for the ops of a device. Some devices have no autocast."""
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
@@ -107,7 +107,7 @@ def dtype_text(dtype: torch.dtype) -> str:
 def storage_key(tensor: torch.Tensor) -> int | None:
     """Identity of the memory behind a fake tensor: equal for views, aliases and in-place results of each other.
 
-    None where there is no storage to speak of (sparse, functorch wrappers).
+    None if the tensor has no storage (sparse, functorch wrappers).
     """
     try:
         return tensor.untyped_storage()._cdata
@@ -116,7 +116,7 @@ def storage_key(tensor: torch.Tensor) -> int | None:
 
 
 def storage_keys(tensor: torch.Tensor) -> list[int]:
-    """The same of every tensor that a wrapper subclass (DTensor, a quantised weight) is made of."""
+    """The `storage_key` of every tensor that a wrapper subclass (DTensor, a quantised weight) is made of."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [key for name in names for key in storage_keys(getattr(tensor, name))]

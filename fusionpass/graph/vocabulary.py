@@ -1,8 +1,8 @@
-"""The only place that knows spellings: which nodes mean add, multiply, sigmoid, linear, a cast, a view.
+"""The only module that knows spellings: which nodes mean add, multiply, sigmoid, linear, a cast, a view.
 
-`meaning(node)` gives the operation and its operands in the formula's order, whatever the spelling: torch function, Tensor
-method, `operator`, in-place form, aten overload, `nn.Module`. Targets are compared exactly; names alone would confuse
-sigmoid with hardsigmoid, or a user's method `mul` with torch's.
+`meaning(node)` gives the operation and its operands in the formula's order, for every spelling: torch function, Tensor
+method, `operator`, in-place form, aten overload, `nn.Module`. Targets are compared exactly. By name alone, sigmoid could be
+taken for hardsigmoid, or a user's method `mul` for torch's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fusionpass.private import OpOverload
 
 aten = torch.ops.aten
 
-# operation -> parameters, each with the names it goes by
+# operation -> parameters, each with its possible names
 PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "add": (("input", "self"), ("other",)),
     "mul": (("input", "self"), ("other",)),
@@ -42,7 +42,7 @@ PARAMETERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "masked_fill": (("input", "self"), ("mask",), ("value",)),
     "dropout": (("input", "self"), ("p",), ("training", "train"), ("inplace",)),
 }
-# What may be left out, and then is None: a bias, a norm's weight and eps, what a reduction is over.
+# What may be left out, and is then None: a bias, a norm's weight and eps, the dims of a reduction.
 OPTIONAL = {("linear", 2), ("rms_norm", 2), ("rms_norm", 3)}
 OPTIONAL |= {(op, i) for op in ("sum", "mean", "dropout") for i in (1, 2, 3)}
 # Keyword -> the only value under which the operation is the plain formula.
@@ -88,7 +88,7 @@ FUNCTIONS: dict[Any, str] = {
     F.rms_norm: "rms_norm",
     torch.rms_norm: "rms_norm",
     aten.rms_norm.default: "rms_norm",
-    aten._fused_rms_norm.default: "rms_norm",  # what it is on CUDA below autograd, with 1 / rms as a second result
+    aten._fused_rms_norm.default: "rms_norm",  # its form on CUDA below autograd, with 1 / rms as a second result
     torch.sum: "sum",
     aten.sum.dim_IntList: "sum",
     torch.mean: "mean",
@@ -103,11 +103,11 @@ FUNCTIONS: dict[Any, str] = {
     F.dropout: "dropout",
     torch.dropout: "dropout",
     aten.dropout.default: "dropout",
-    aten.native_dropout.default: "dropout",  # what it is on CUDA below autograd, with the mask as a second result
+    aten.native_dropout.default: "dropout",  # its form on CUDA below autograd, with the mask as a second result
     torch.masked_fill: "masked_fill",
     aten.masked_fill.Scalar: "masked_fill",
 }
-# Read as near misses only: the formula, or its neighbour, in one node.
+# Read only as near misses: they compute the formula, or something like it, in one node.
 FUNCTIONS |= {
     torch.lerp: "lerp",
     aten.lerp.Tensor: "lerp",
@@ -160,7 +160,7 @@ MODULES: dict[type, str] = {
     torch.nn.Dropout: "dropout",
     torch.nn.GLU: "glu",
 }
-# Every word that `Vocabulary.operation` may answer.
+# Every word that `Vocabulary.operation` may return.
 OPERATIONS = frozenset((*FUNCTIONS.values(), *METHODS.values(), *MODULES.values()))
 
 
@@ -171,11 +171,11 @@ class Meaning:
     op: str
     operands: tuple[Any, ...]
     in_place: bool = False  # the result lands in the first operand's memory
-    oddity: Refusal | None = None  # spelled with an argument that makes it another formula
+    oddity: Refusal | None = None  # the call has an argument that makes it another formula
 
 
 class Vocabulary:
-    """Reads the nodes of one graph; knows its submodules, for `call_module` nodes."""
+    """Reads the nodes of one graph. It knows the graph's submodules, for `call_module` nodes."""
 
     def __init__(self, owner: torch.nn.Module):
         self._owner = owner
@@ -184,7 +184,7 @@ class Vocabulary:
         return self._owner.get_submodule(str(node.target))
 
     def tensor(self, operand: object) -> torch.Tensor | None:
-        """The tensor of an operand: a node's recorded value, or the parameter an attribute path names."""
+        """The tensor of an operand: a node's recorded value, or the parameter that an attribute path names."""
         if isinstance(operand, str):
             module, _, name = operand.rpartition(".")
             return getattr(self._owner.get_submodule(module), name)
@@ -230,7 +230,7 @@ class Vocabulary:
         return meaning.operands if meaning is not None and meaning.oddity is None else None
 
     def reduces(self, node: Node, dim: int, *, keepdim: bool) -> bool:
-        """Whether a sum or mean is over just this dim of its input, and keeps its dtype."""
+        """Whether the node is a sum or mean over this dim only, which keeps the dtype of its input."""
         operands = self.plain(node, "sum") or self.plain(node, "mean")
         if operands is None or tensor_of(operands[0]) is None:
             return False
@@ -250,7 +250,7 @@ class Vocabulary:
         return self.plain(node, "square") == (source,) or self.plain(node, "mul") == (source, source)
 
     def drops_nothing(self, node: Node) -> bool:
-        """Whether a dropout hands its input on: not in training. A module's mode is its owner's to change."""
+        """Whether a dropout is known to return its input, since it is not in training. A module's mode may change later."""
         operands = self.plain(node, "dropout") if node.op != "call_module" else None
         return operands is not None and operands[2] is False
 
@@ -278,7 +278,7 @@ class Vocabulary:
 
 
 def _module_operands(node: Node) -> tuple[tuple[Any, ...], Refusal | None]:
-    """What the module is called with: one tensor, by position or by the name that torch's modules have for it."""
+    """The arguments of the module's call: one tensor, by position or by the name that torch's modules use."""
     given = (*node.args, *(value for name, value in node.kwargs.items() if name in ("input", "x")))
     if len(given) == len(node.args) + len(node.kwargs) == 1:
         return given, None
@@ -286,7 +286,7 @@ def _module_operands(node: Node) -> tuple[tuple[Any, ...], Refusal | None]:
 
 
 def _bind(node: Node, op: str) -> tuple[tuple[Any, ...], Refusal | None]:
-    """The operands by parameter, and what in the call makes it more than the plain operation."""
+    """The operands, parameter by parameter, and what makes the call more than the plain operation."""
     parameters = PARAMETERS[op]
     if not node.kwargs and len(node.args) == len(parameters):
         return node.args, None

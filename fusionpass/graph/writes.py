@@ -1,9 +1,10 @@
-"""What a single node does besides compute its value: the operands it writes, the modes it switches.
+"""What a single node does besides computing its value: the operands that it writes, the modes that it switches.
 
-What is not known to be pure is a write. Known are: ops, by their schema; torch's public functions and Tensor methods, by
-PyTorch's naming rule (a trailing underscore, `out=`, `inplace=`); untouched modules of torch.nn. A few of these keep
-running statistics and declare nothing; they are listed here. Everything else, such as numpy code that Dynamo wraps, a
-function kept by `torch.fx.wrap` or a leaf module of one's own, may write all it is given, and all else.
+What is not known to be pure counts as a write. These are known: ops, by their schema; torch's public functions and Tensor
+methods, by PyTorch's naming rule (a trailing underscore, `out=`, `inplace=`); untouched modules of torch.nn. A few of
+them keep running statistics and do not declare it; they are listed here. Everything else, such as numpy code that
+Dynamo wraps, a function kept by `torch.fx.wrap` or a user's own leaf module, may write its arguments and any other
+memory.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fusionpass.private import HigherOrderOperator, OpOverload, OpOverloadPacket
 _INPLACE_OPERATORS = frozenset(
     "iadd isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor iconcat setitem delitem".split()
 )
-# They update running statistics that they are given, and no schema says so. Each has an argument that switches it off.
+# They update the running statistics in their arguments, and no schema says so. Each has an argument that switches this off.
 _KEEP_STATISTICS = {
     "batch_norm": "training",
     "_batch_norm_impl_index": "training",
@@ -34,7 +35,7 @@ _KEEP_STATISTICS = {
     "miopen_batch_norm": "training",
     "instance_norm": "use_input_stats",
 }
-# The same without such an argument, and those that renormalise a weight.
+# The same without such an argument, and ops that renormalise a weight.
 _STATEFUL = frozenset(
     "_batch_norm_with_update batch_norm_gather_stats batch_norm_gather_stats_with_counts batch_norm_update_stats "
     "_cudnn_rnn_flatten_weight embedding_renorm_ _no_grad_embedding_renorm_ fused_moving_avg_obs_fake_quant "
@@ -70,7 +71,7 @@ def is_functorch(node: Node) -> bool:
 
 
 def changes_state(node: Node) -> bool:
-    """Whether later nodes run under another grad mode, autocast mode, functorch level or stream than earlier ones."""
+    """Whether the node switches the grad mode, the autocast mode, the functorch level or the stream for later nodes."""
     return node.op == "call_function" and _changes_state(node.target)
 
 
@@ -88,8 +89,8 @@ def _changes_state(target: Any) -> bool:
 
 
 def purely_computes(node: Node) -> bool:
-    """Whether the node calls a function of torch that changes no state and writes nothing, whatever it is given: most nodes
-    of a graph, of which nothing more is asked."""
+    """Whether the node calls a function of torch that changes no state and writes nothing, for any arguments. Most nodes of
+    a graph are such, and no more questions are asked about them."""
     return node.op == "call_function" and _purely_computes(node.target) and "out" not in node.kwargs
 
 
@@ -113,7 +114,7 @@ def _purely_computes(target: Any) -> bool:
 
 
 def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequence[Node], bool]:
-    """The operands whose memory the node writes, and whether it may write memory it was not given."""
+    """The operands whose memory the node writes, and whether it may also write memory that it was not given."""
     target = node.target
     if node.op == "call_module":
         return ((), False) if is_pure(modules.get(str(target))) else (node.all_input_nodes, True)
@@ -132,13 +133,13 @@ def written_by(node: Node, modules: Mapping[str, torch.nn.Module]) -> tuple[Sequ
         return (), False
     if is_packet_of_aten(target) or is_public(target) or _is_of_einops(target):
         return _written_by_function(node), False
-    # Torch's inner functions, such as `torch.cuda.get_device_capability`, follow no naming rule: they may write all that
-    # they are given, but know nobody else's tensors.
+    # Torch's inner functions, such as `torch.cuda.get_device_capability`, follow no naming rule. They may write all their
+    # arguments, but they know no other tensors.
     return node.all_input_nodes, not name_of(target)
 
 
 def _is_of_a_number(node: Node) -> bool:
-    """Whether the method is of a value that nobody can write: a size, a number, a dtype."""
+    """Whether it is a method of a value that cannot be written: a size, a number, a dtype."""
     receiver = value_of(node.args[0]) if node.args and isinstance(node.args[0], Node) else None
     return isinstance(receiver, (int, float, str, tuple, torch.SymInt, torch.SymFloat, torch.dtype, torch.device))
 
@@ -165,7 +166,7 @@ def _written_by_function(node: Node) -> Sequence[Node]:
 
 
 def _keeps_statistics(node: Node, name: str) -> bool:
-    """Whether torch's function or op of this name updates what it is given, without a word of it in name or schema."""
+    """Whether torch's function or op of this name updates its arguments, though neither name nor schema says so."""
     if name in _KEEP_STATISTICS:
         return _argument(node.target, node, _KEEP_STATISTICS[name]) is not False
     return name in _STATEFUL or (name in _RENORMALISING and _argument(node.target, node, "max_norm") is not None)
@@ -192,7 +193,7 @@ def _written_arguments(target: OpOverload) -> tuple[tuple[int, str], ...]:
 
 
 def _schema_writes(target: OpOverload, node: Node) -> list[Node]:
-    # c10d's collectives have a name that says it, such as `allreduce_`, and declare nothing.
+    # The names of c10d's collectives say it, such as `allreduce_`, but their schemas do not.
     undeclared = not target._schema.is_mutable and _names_a_write(target.overloadpacket.__name__)
     if undeclared or (target.namespace == "aten" and _keeps_statistics(node, target.overloadpacket.__name__)):
         return node.all_input_nodes
@@ -204,7 +205,7 @@ def _schema_writes(target: OpOverload, node: Node) -> list[Node]:
 
 @cache
 def _parameters(function: Callable[..., Any]) -> tuple[str, ...] | None:
-    """The names of a call's parameters, in order; None where nobody tells."""
+    """The names of a call's parameters, in order; None if they cannot be found out."""
     if isinstance(function, OpOverload):
         return tuple(argument.name for argument in function._schema.arguments)
     if isinstance(function, OpOverloadPacket):
@@ -216,7 +217,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...] | None:
 
 
 def _argument(function: Any, node: Node, name: str) -> Any:
-    """The value the call gives to the parameter `name`, None when it gives none."""
+    """The value that the call gives to the parameter `name`, None if it gives none."""
     if name in node.kwargs:
         return node.kwargs[name]
     parameters = _parameters(function)

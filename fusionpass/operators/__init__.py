@@ -1,4 +1,4 @@
-"""The ops, `torch.ops.fusionpass.*`: each is declared in a module of its own, with its other forms, and registered here.
+"""The ops, `torch.ops.fusionpass.*`. Each is declared in a module of its own, with its other forms, and registered here.
 
 fusionpass::gated_add            y = a + sigmoid(gate) * b
 fusionpass::gate_projected_add   y = a + sigmoid(x . weight + bias) * b

@@ -1,6 +1,6 @@
-"""The ops under autocast: each does what the nodes that it stands for do there. See `under_autocast` in their modules.
+"""The ops under autocast: each op does what its nodes would do there. See `under_autocast` in the modules of the ops.
 
-Below these functions autocast is off, so that the ops' own arithmetic is not rounded.
+These functions turn autocast off for the code that they call, so that the ops' own arithmetic is not rounded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ DEVICES = ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1")
 
 
 def cast(tensor: Tensor | None) -> Tensor | None:
-    """To autocast's dtype what autocast casts: floating-point tensors but those in float64."""
+    """The tensor in autocast's dtype, if autocast casts it: floating-point tensors other than float64."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def passed_by(op: Callable) -> Callable:
-    """The op with autocast off: for those that compute what another op's function here, or autograd, calls them for."""
+    """The op with autocast off, for ops that only autograd or another op's function here calls."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with _DisableAutocast():

@@ -1,6 +1,6 @@
-"""What an op is: all that PyTorch is told of it, and what this package knows of it, in one value.
+"""What an op is: what PyTorch is told about it, and what this package knows about it, in one value.
 
-They are registered by `Library.define` and `impl`, not `custom_op`: a call costs the CPU half as much (`bench/measured.md`).
+Ops are registered by `Library.define` and `impl`, not `custom_op`: a call costs the CPU half as much (`bench/measured.md`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ class Bench:
     """A case of the benchmark: [T, H] of an op, forward or backward.
 
     Attributes:
-        eager: the expression the op stands for, on the inputs in order; also what torch.compile is given.
+        eager: the expression for which the op stands, on the inputs in order. torch.compile gets it too.
         here: the same through `torch.ops.fusionpass`.
         shapes: the inputs' shapes by name, from (T, H).
         reads, writes: elements that the formula has to move, from (T, H): each input once, each result once.
         backward: the gradients of every input are measured, not the result.
-        beside: expressions that tell what is within reach, by the name of their side; each is right for itself.
+        beside: other expressions, by the name of their side, that show what a kernel can reach. They compute something else,
+            so each is checked against itself.
     """
 
     eager: Callable[..., Any]
@@ -49,9 +50,9 @@ class Op:
         schema: the op's name, arguments and results.
         run: computes it on tensors of any device, by our kernel or in ATen.
         fake: makes results of the right shapes, strides and dtypes for a tracer.
-        autograd: the Autograd kernel, with the dispatcher's key set in front; None where nobody differentiates the op.
-        autocast: what it does under autocast; None for the op itself with autocast off.
-        inductor: what Inductor's trace finds in its place, or None for the op; see `fusionpass.operators.in_inductor`.
+        autograd: the Autograd kernel, which takes the dispatcher's key set first; None if nobody differentiates the op.
+        autocast: what it does under autocast; None means the op itself with autocast off.
+        inductor: what Inductor's trace finds in its place; None means the op. See `fusionpass.operators.in_inductor`.
         launches: the Triton kernels that `inductor` launches.
         direct: the op as a plain function, for graphs that Python runs; see `fusionpass.operators.functions`.
         bench: its cases in the benchmark, by name.
@@ -75,8 +76,8 @@ class Op:
 
 
 def register(op: Op) -> None:
-    """Tell PyTorch of the op."""
-    LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))  # held by opcheck in the tests
+    """Tell PyTorch about the op."""
+    LIBRARY.define(op.schema, tags=(torch.Tag.pt2_compliant_tag,))  # opcheck in the tests checks this
     op.overload = getattr(torch.ops.fusionpass, op.name).default
     LIBRARY.impl(op.name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fusionpass::{op.name}", op.fake, lib=LIBRARY)
@@ -100,7 +101,7 @@ TYPES = {
 
 
 def schema_of(arguments: type[tuple], positional: Sequence[str]) -> str:
-    """The part of a schema in brackets, of arguments declared as a NamedTuple; those not `positional` go by keyword."""
+    """The part of a schema in brackets, for arguments declared as a NamedTuple. Those not in `positional` go by keyword."""
     written = []
     for name, kind in typing.get_type_hints(arguments).items():
         default = f"={arguments._field_defaults[name]}" if name in arguments._field_defaults else ""

@@ -1,8 +1,9 @@
-"""What stands between a call of an op and what computes it: modes, tracers, transforms, autograd; and the way past them.
+"""What stands between a call of an op and the code that computes it: modes, tracers, transforms, autograd; and the way
+past them.
 
-`torch.library.register_autograd` would do for the ops' gradients but for one thing: it has no forward-mode rule, and then
-gives a tangent of zero without a word. So the Autograd kernels are written out, and where a functorch transform or a dual
-level is active they compute the op's expression in differentiable ATen ops instead.
+`torch.library.register_autograd` would be enough for the ops' gradients, except for one thing: it has no forward-mode
+rule, and silently gives a tangent of zero. So the Autograd kernels are written out. If a functorch transform or a dual
+level is active, they compute the op's expression in differentiable ATen ops instead.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def transforms_active() -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether ops on these tensors mean what the implementation for their device does: no mode, tracer, transform,
-    autocast or subclass is at work. To ask is far cheaper than the dispatcher and a Python Autograd kernel."""
+    """Whether ops on these tensors do exactly what the implementation for their device does: no mode, tracer, transform,
+    autocast or subclass is at work. This check is far cheaper than the dispatcher and a Python Autograd kernel."""
     if (
         _is_dynamo_compiling()
         or _len_torch_dispatch_stack()
@@ -57,12 +58,12 @@ def recorded(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-# What computes an op beneath autograd, from the op.
+# Takes an op, returns the function that computes it beneath autograd.
 Beneath = Callable[[Op], Callable[..., Any]]
 
 
 def run_of(op: Op) -> Callable[..., Any]:
-    """The implementation itself: for plain tensors, which nothing else listens to."""
+    """The implementation itself, for plain tensors."""
     return op.run
 
 
@@ -76,8 +77,8 @@ _PLAIN_KEYS = _plain_keys()
 
 
 def beneath(keyset: Any) -> Beneath:
-    """What the dispatcher would run next, from an Autograd kernel's key set; for plain keys that is the implementation, and
-    the dispatcher is spared."""
+    """What the dispatcher would run next, from an Autograd kernel's key set. For plain keys this is the implementation,
+    which is called without the dispatcher."""
     below = keyset & _after_autograd_keyset
     if below.raw_repr() in _PLAIN_KEYS:
         return run_of

@@ -22,7 +22,7 @@ from fusionpass.private import _DisableAutocast
 
 @functools.cache
 def kernel():
-    """Triton is imported when the first tensor arrives that the kernel takes."""
+    """Imports Triton, so it is called only when a tensor arrives that the kernel takes."""
     from fusionpass.kernels import gate_projected_add
 
     return gate_projected_add
@@ -75,9 +75,9 @@ def under_autograd(
 
 
 class _GateProjectedAdd(torch.autograd.Function):
-    """(y, logit). What it saves is what the unfused nodes save, with the logit for its sigmoid.
+    """(y, logit). It saves what the unfused nodes save, but the logit instead of its sigmoid.
 
-    The logit is a result so that a second derivative, which also goes through it, finds its way back.
+    The logit is a result because a second derivative goes through it too.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ def under_autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, *, dtype: Dtype = None
 ) -> Tensor:
     """`linear` computes in autocast's dtype: x, weight and bias are cast to it."""
-    if weight.dim() > 1 or a.device.type != "cpu" or x.dtype != weight.dtype:  # a CPU's autocast leaves `mv` as it is
+    if weight.dim() > 1 or a.device.type != "cpu" or x.dtype != weight.dtype:  # autocast on a CPU does not change `mv`
         x, weight, bias = map(cast, (x, weight, bias))
     with _DisableAutocast():
         return OP.overload(x, weight, bias, a, b, dtype=dtype)
@@ -131,7 +131,7 @@ def under_inductor(
         return aten.gate_projected_add_expression(x, weight, bias, a, b, dtype)
     columns = a.shape[-1]
     if not (known_contiguous(a) and known_contiguous(b) and isinstance(columns, int) and columns <= MOST_COLUMNS):
-        return None  # the result would be laid out otherwise than eager does, or a row is too long for one program
+        return None  # the result would not have eager's layout, or a row is too long for one program
     final = result_dtype(dtype, x, a, b)
     results = combine_kernel().traced(Arguments(a, b, x=x, gate_weight=weight, gate_bias=bias, dtype=final))
     return None if results is None else results[0]
@@ -141,7 +141,7 @@ def launches() -> list:
     return [combine_kernel().moe_combine_kernel]
 
 
-# Its other forms: with the logit, which its gradients need, and these.
+# Its other forms: the op with the logit, which its gradients need, and the gradients.
 
 
 def run_and_logit(
@@ -180,7 +180,7 @@ def backward_in_aten(
 def _all_tensors(
     dx: Tensor, dweight: Tensor | None, dbias: Tensor | None, db: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """An op has no optional results: one that was not asked for is an empty tensor."""
+    """An op has no optional results. A result that was not asked for is an empty tensor."""
     return dx, dx.new_empty(0) if dweight is None else dweight, dx.new_empty(0) if dbias is None else dbias, db
 
 

@@ -18,7 +18,7 @@ from fusionpass.private import _DisableAutocast
 
 @functools.cache
 def kernel():
-    """Triton is imported when the first tensor arrives that the kernel takes."""
+    """Imports Triton, so it is called only when a tensor arrives that the kernel takes."""
     from fusionpass.kernels import gated_add
 
     return gated_add
@@ -64,15 +64,15 @@ def under_autograd(
 
 
 def _differentiated(computed: Beneath, a: Tensor, gate: Tensor, b: Tensor, numerics: str, dtype: Dtype) -> Tensor:
-    """The unfused nodes save the sigmoid, which is memory of their own: who writes the gate after the sum does not change
-    the gradients. So does this: it saves a copy of the gate, of the sigmoid's size and dtype."""
+    """The unfused nodes save the sigmoid, which has its own memory, so a later write to the gate does not change the
+    gradients. The same holds here: a copy of the gate is saved, with the sigmoid's size and dtype."""
     if gate.requires_grad or b.requires_grad:
         gate = gate.clone()
     return _GatedAdd.apply(computed, numerics, dtype, a, gate, b)
 
 
 class _GatedAdd(torch.autograd.Function):
-    """`gate` is a copy of the caller's where gradients read it."""
+    """`gate` is a copy of the caller's gate, if gradients read it."""
 
     @staticmethod
     def forward(ctx, computed, numerics, dtype, a, gate, b):
@@ -86,7 +86,7 @@ class _GatedAdd(torch.autograd.Function):
     def backward(ctx, dy):
         gate, b = ctx.saved_tensors
         need_a, need_gate, need_b = needs = ctx.needs_input_grad[3:]
-        # The op has no derivative of its own: where one may be asked for, ATen's ops have.
+        # The backward op has no derivative. If one may be needed, ATen's ops are used.
         if need_gate and need_b and ctx.numerics == "fp32" and not torch.is_grad_enabled():
             dgate, db = BACKWARD.overload(dy, gate, b)
             return None, None, None, dy.to(ctx.dtypes[0]) if need_a else None, dgate, db
@@ -96,15 +96,15 @@ class _GatedAdd(torch.autograd.Function):
 def under_autocast(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32", dtype: Dtype = None) -> Tensor:
     """Its nodes promote, as the op does."""
     if numerics == "eager" and dtype is None and not a.dtype == gate.dtype == b.dtype:
-        # Autocast came between the tracing and this call. The op rounds to one dtype; the nodes to one each.
+        # Autocast was switched on after the tracing. The op rounds to one dtype, but each node rounds to its own.
         return aten.gated_nodes(a, gate, b)
     with _DisableAutocast():
         return OP.overload(a, gate, b, numerics=numerics, dtype=dtype)
 
 
 def under_inductor(a: Tensor, gate: Tensor, b: Tensor, *, numerics: str = "fp32", dtype: Dtype = None) -> Tensor | None:
-    """The expression: Inductor's kernel ties with ours, and its neighbours can join it."""
-    if numerics != "fp32":  # Inductor would keep float32 where eager rounds, and has a sigmoid of its own
+    """The expression, because Inductor's kernel ties with ours, and neighbours can be fused into it."""
+    if numerics != "fp32":  # Inductor would keep float32 where eager rounds, and its sigmoid gives other bits
         return None
     aten.check_gated_add(a, gate, b, numerics, dtype)
     return aten.gated_add_expression(a, gate, b, numerics, dtype)
@@ -119,7 +119,7 @@ def run_into(a: Tensor, gate: Tensor, b: Tensor, out: Tensor) -> None:
     else:
         aten.gated_add_into(out, a, gate, b)
     if not out.is_inference():
-        # It has new contents: a graph that saved the old ones must refuse to use them.
+        # `out` has new contents. A graph that saved the old ones must refuse to use them.
         torch.autograd.graph.increment_version(out)
 
 

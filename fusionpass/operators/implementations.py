@@ -1,6 +1,6 @@
 """Which implementation computes an op: our Triton kernels or ATen, by device and dtype.
 
-Triton is imported when the first tensor arrives that the kernels take. The ATen form runs on a device of any kind.
+Triton is imported only when a tensor arrives that the kernels take. The ATen form runs on any kind of device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NONE: frozenset[torch.dtype] = frozenset()
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether CPU tensors take the Triton kernels; like Triton itself, decided once."""
+    """Whether the Triton kernels compute on CPU tensors. Decided once, as in Triton itself."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -54,7 +54,7 @@ def kernel_dtypes(a: Tensor) -> frozenset[torch.dtype]:
 
 
 def kernels_take(*tensors: Tensor | None, dtype: Dtype = None) -> bool:
-    """Whether the kernels compute an op on these tensors, of one device, with results in `dtype`; else ATen does."""
+    """Whether the kernels compute an op on these tensors of one device, with results in `dtype`. Otherwise ATen does."""
     taken = kernel_dtypes(tensors[0])
     if taken is ALL or not taken:
         return taken is ALL

@@ -1,11 +1,12 @@
-"""While Inductor traces, the ops are what Inductor makes the best of: a launch of our kernel, or the plain expression.
+"""While Inductor traces, an op becomes what suits Inductor best: a launch of our kernel, or the plain expression.
 
-An opaque op costs Inductor's code a call through the dispatcher, several times the CPU time of an eager kernel: in a decode
-step without CUDA graphs that is more than the launches it replaces (`bench/measured.md`). So on a CUDA device an op is
-allocations and one kernel launch, which Inductor makes as it makes its own. Or it is its expression, where Inductor's kernel
-is as fast as ours and neighbours can join it. Where the ops are ATen expressions anyway, as on a CPU, all are. Each op's
-`under_inductor` says which. AOTInductor gets the same, so that its packages call no Python. Elsewhere (eager, aot_eager,
-export) an op stays one node: functionalization would clone the results of the launch.
+An opaque op costs Inductor's code a call through the dispatcher, which is several times the CPU time of an eager
+kernel. In a decode step without CUDA graphs this is more than the launches that it replaces (`bench/measured.md`). So
+on a CUDA device an op becomes allocations and one kernel launch, which Inductor makes like its own. If Inductor's
+kernel is as fast as ours, the op becomes its expression, so that neighbours can be fused into it. Where the ops are
+ATen expressions anyway, as on a CPU, all of them become expressions. Each op's `under_inductor` decides. AOTInductor
+gets the same, so that its packages call no Python. Elsewhere (eager, aot_eager, export) an op stays one node:
+functionalization would clone the results of the launch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _state = _State()
 
 @contextmanager
 def ops_opened(wanted: bool) -> Iterator[None]:
-    """Inside the block, with `wanted`, a trace finds what an op is made of in place of the op."""
+    """Inside the block, if `wanted`, a trace finds in place of an op what the op is made of."""
     if wanted and torch.cuda.is_available() and has_triton() and not interpreted():
         _tell_the_cache()
     before, _state.tracing = _state.tracing, wanted
@@ -44,19 +45,20 @@ def ops_opened(wanted: bool) -> Iterator[None]:
         _state.tracing = before
 
 
-_launches: dict[Any, Callable[[], list]] = {}  # by op: the Triton kernels that its form here launches
+_launches: dict[Any, Callable[[], list]] = {}  # op -> the Triton kernels that its form here launches
 
 
 @functools.cache
 def _tell_the_cache() -> None:
-    """AOTAutograd's cache keys a graph on the sources of the Triton kernels that its ops are known to launch: a changed
-    kernel is then a miss. It asks this table, which `triton_op` fills for its own ops (torch 2.11 to 2.14)."""
+    """Enter our kernels into torch's table of the Triton kernels that an op launches. AOTAutograd's cache keys a graph
+    on the sources of these, so a changed kernel is a miss. `triton_op` fills the table for its own ops (torch 2.11 to
+    2.14)."""
     for op, launches in _launches.items():
         triton_ops_to_kernels.setdefault(op._name, launches())
 
 
 def _ahead_of_time() -> bool:
-    """Whether AOTInductor is tracing, to which no backend of ours leads."""
+    """Whether AOTInductor is tracing. It does not go through a backend of ours."""
     virtualized = sys.modules.get("torch._inductor.virtualized")
     return virtualized is not None and virtualized.V.aot_compilation is True
 
@@ -69,7 +71,7 @@ def _opened(
     args: Sequence = (),
     kwargs: dict | None = None,
 ) -> Any:
-    """What functionalization makes of an op: what `inside` gives, or the op where that is None."""
+    """What functionalization makes of an op: the result of `inside`, or the op itself if that is None."""
     options, packaged = kwargs or {}, _ahead_of_time()
     if not (_state.tracing or packaged) or interpreted():
         return mode.__torch_dispatch__(op, types, args, options)
@@ -86,9 +88,9 @@ def _opened(
 def register(
     op: Any, inside: Callable[..., Any], launches: Callable[[], list] | None, library: torch.library.Library
 ) -> None:
-    """Have Inductor's traces find what `inside` makes of the op's arguments in its place.
+    """Let Inductor's traces find, in place of the op, what `inside` makes of its arguments.
 
-    launches: the Triton kernels in it.
+    launches: the Triton kernels that `inside` launches.
     """
     opened = functools.partial(_opened, inside)
     torch.library.register_torch_dispatch(op, FunctionalTensorMode, opened, lib=library)

@@ -28,7 +28,7 @@ from fusionpass.private import _DisableAutocast
 
 @functools.cache
 def kernel():
-    """Triton is imported when the first tensor arrives that the kernel takes."""
+    """Imports Triton, so it is called only when a tensor arrives that the kernel takes."""
     from fusionpass.kernels import moe_combine
 
     return moe_combine
@@ -60,7 +60,7 @@ def direct(*args, **options) -> tuple[Tensor, Tensor]:
 
 
 def under_autograd(keyset, *args, **options) -> tuple[Tensor, Tensor]:
-    """It has no backward of its own: where gradients are recorded its steps are taken."""
+    """It has no backward of its own. If gradients are recorded, it is computed step by step."""
     transformed = transforms_active()
     tensors = (value for value in (*args, *options.values()) if isinstance(value, Tensor))
     if not (transformed or recorded(*tensors)):
@@ -71,7 +71,8 @@ def under_autograd(keyset, *args, **options) -> tuple[Tensor, Tensor]:
 
 
 def _differentiated(given: Arguments) -> tuple[Tensor, Tensor]:
-    """From ops that have gradients, which save no more than the nodes it replaces, and round no oftener."""
+    """Computed by ops that have gradients. They save no more than the nodes that the op replaces, and do not round more
+    often."""
     final = given.result_dtype()
     of_core = final if given.residual is None else result_dtype(None, given.a, given.b, given.gate, given.x)
 
@@ -82,14 +83,14 @@ def _differentiated(given: Arguments) -> tuple[Tensor, Tensor]:
         return gated_add.OP.overload(a, gate, b, dtype=of_core)
 
     def norm(total, weight, eps, offset):
-        # Eager's cast to float32 is a copy too: who writes the sum afterwards does not change the gradients.
+        # Eager's cast to float32 is a copy too, so a later write to the sum does not change the gradients.
         return _RmsNorm.apply(total if total.dtype == torch.float32 else total.clone(), weight, eps, offset)
 
     return aten.moe_combine_steps(given._replace(dtype=final), projected=projected, gated=gated, norm=norm)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """It saves the rows and the weight alone, and computes the rest of what its gradients need anew."""
+    """It saves only the rows and the weight. It computes again what else its gradients need."""
 
     @staticmethod
     def forward(ctx, total, weight, eps, offset):
@@ -105,8 +106,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def under_autocast(*args, **options) -> tuple[Tensor, Tensor]:
-    """The projection computes in autocast's dtype. Where no `dtype` was given, the graph was traced without autocast, and
-    the dtypes of the results are what autocast makes of each node in turn: so the nodes themselves are computed."""
+    """The projection computes in autocast's dtype. If no `dtype` was given, the graph was traced without autocast. Then
+    autocast decides the dtype of each node in turn, so the nodes themselves are computed."""
     given = Arguments(*args, **options)
     if given.dtype is None:
         aten.check_moe_combine(given)

@@ -20,13 +20,13 @@ class Report(Findings):
     Attributes:
         target: what was captured, in the user's words ("" when unknown).
         rewrites: one `Rewrite` per captured site that now runs as one op.
-        misses: one `Miss` per near miss: what a rule could read as its formula, left alone.
+        misses: one `Miss` per near miss: a place that a rule could read as its formula, but that was left alone.
         graphs: one `GraphRecord` per captured graph.
         graph_breaks: one `GraphBreak` per place where Dynamo split the model.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-ready data, in the layout `to_json` writes."""
+        """The report as JSON-ready data, in the layout that `to_json` writes."""
         return {
             "fusionpass": __version__,
             "torch": torch.__version__,

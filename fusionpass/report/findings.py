@@ -12,7 +12,7 @@ from fusionpass.rules import RULES
 
 _NO_GRAPH = (
     "0 rewritten: no graph was compiled with fusionpass: nothing uses the backend or `fuse`, or what ran was compiled "
-    "before (fusionpass.explain compiles afresh), or it has no tensor operation that Dynamo sees"
+    "before (fusionpass.explain compiles it again), or it has no tensor operation that Dynamo sees"
 )
 
 
@@ -27,18 +27,18 @@ class Findings:
     graph_breaks: list[GraphBreak] = field(default_factory=list)
     _switched_off: bool = field(default=False, repr=False)
     _no_graph: str = field(default="", repr=False)
-    _absent: list[str] = field(default_factory=list, repr=False)  # what the rules say where nothing comes near them
+    _absent: list[str] = field(default_factory=list, repr=False)  # what the rules say if they have no reading at all
 
     @property
     def executed(self) -> int:
-        """How many rewritten sites ran: a site in a graph that layers share counts once per run.
+        """How many rewritten sites ran. A site in a graph that layers share counts once per run.
 
-        A graph that nobody ran (it was given to `rewrite`) counts once.
+        A graph that was given to `rewrite` counts once, since its runs are not seen.
         """
         return sum(r.calls if self.graphs[r.graph].compiled else 1 for r in self.rewrites)
 
     def add(self, outcome: Outcome, *, compiled: bool, code: tuple[str, str] | None = None) -> list[Any]:
-        """Take in one graph, with copies of its records; returns the new records, the graph's own first."""
+        """Add one graph, with copies of its records. Returns the new records, the graph's own first."""
         index = len(self.graphs)
         before, after = code or (None, None)
         counts = outcome.nodes, len(outcome.rewrites), len(outcome.misses)
@@ -53,11 +53,11 @@ class Findings:
         return [graph, *rewrites, *misses]
 
     def note_no_graph(self, why: str) -> None:
-        """Keep the sentence, the first one given, for where no graph is added."""
+        """Keep the first sentence given, in case no graph is added."""
         self._no_graph = self._no_graph or why
 
     def top_reasons(self, most: int = 3) -> list[tuple[int, Miss]]:
-        """The commonest miss codes, as (how many, an example), most frequent first."""
+        """The most frequent miss codes, as (how many, an example), most frequent first."""
         counts = Counter(miss.code for miss in self.misses)
         first = {}
         for miss in self.misses:
@@ -65,7 +65,7 @@ class Findings:
         return [(count, first[code]) for code, count in counts.most_common(most)]
 
     def why_nothing(self, most: int = 3) -> str:
-        """Why nothing was rewritten, in one sentence: no candidate at all, or the commonest reasons."""
+        """Why nothing was rewritten, in one sentence: no candidate at all, or the most frequent reasons."""
         if not self.graphs:
             return self._no_graph or _NO_GRAPH
         if self._switched_off:

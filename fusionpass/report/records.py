@@ -1,6 +1,6 @@
-"""What the pass says of a graph: one record per rewritten site, one per near miss, one per graph, one per graph break.
+"""What the pass says about a graph: one record per rewritten site, one per near miss, one per graph, one per graph break.
 
-All fields are plain data, so a record outlives the graph it speaks of, pickles, and is JSON as it stands.
+All fields are plain data. So a record outlives its graph, can be pickled, and can be written as JSON without changes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Rewrite(_Record):
     source: str  # "modeling_qwen3_next.py:866", "" when the tracer recorded none
     shape: list[int | str]  # of the result; a symbolic size is its expression as a string
     dtype: str  # "bfloat16"
-    kernels_before: int  # kernels that the unfused nodes are: see `against`
-    kernels_after: int  # the same count now: the op, and old nodes other readers keep alive
-    bytes_before: int | None  # bytes those kernels read and write; None when a size has no known value
+    kernels_before: int  # how many kernels the unfused nodes are: see `against`
+    kernels_after: int  # the same count now: the op, and old nodes that stay because of other readers
+    bytes_before: int | None  # bytes that those kernels read and write; None if a size is not known
     bytes_after: int | None
     graph: int  # index into Report.graphs
     calls: int = 0  # how often that graph ran while collecting
     stopped: list[dict[str, str]] = field(default_factory=list)  # stages that did not join: stage, code, reason
-    verified: bool | None = None  # with `verify`: whether the site could be run against its nodes; None without
+    verified: bool | None = None  # with `verify`: whether the site could be run against its nodes; without it, None
     against: str = (
         "eager"  # whose kernels and bytes are "before": eager's, one kernel per arithmetic node, or "inductor"
     )
@@ -63,7 +63,7 @@ class GraphRecord(_Record):
     rewrites: int
     misses: int
     calls: int = 0  # how often it ran while collecting
-    compiled: bool = True  # False for a graph given to `rewrite`, whose runs nobody counts
+    compiled: bool = True  # False for a graph given to `rewrite`: its runs are not counted
     code_before: str | None = field(default=None, repr=False)  # kept only when asked for (`report --diff`)
     code_after: str | None = field(default=None, repr=False)
 
@@ -78,11 +78,11 @@ class GraphBreak(_Record):
 
 @dataclass
 class Outcome:
-    """What the pass did to one captured graph, child graphs included; `graph` indices are for the report to set."""
+    """What the pass did to one captured graph, child graphs included. The report sets the `graph` indices."""
 
     nodes: int = 0
     rewrites: list[Rewrite] = field(default_factory=list)
     misses: list[Miss] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)  # outermost graph: a value's old node -> its new one, by name
     switched_off: bool = False  # PyTorch's tools kept the pass from running
-    absent: tuple[str, ...] = ()  # what each rule that was tried says of a graph without a reading
+    absent: tuple[str, ...] = ()  # what each tried rule says about a graph without a reading

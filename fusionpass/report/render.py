@@ -1,7 +1,7 @@
 """Write a report as a terminal table, Markdown or HTML.
 
-The table folds sites that differ only in their layer into one line and names every module as a range
-(`model.layers.{0..47}.mlp`); Markdown and HTML, like JSON, have a row per site.
+The table folds sites that differ only in their layer into one line, and writes their modules as a range
+(`model.layers.{0..47}.mlp`). Markdown and HTML have a row per site, and JSON has an entry per site.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from fusionpass.report.records import Miss, Rewrite
 
 WIDTH = 118  # columns of the terminal table
-FOLD_FROM = 4  # this many like sites become one line
-STAR = r"\1*"  # a node name without the number that told it apart
+FOLD_FROM = 4  # this many similar sites become one line
+STAR = r"\1*"  # a node name without its number
 _NAME = re.compile(r"\b([A-Za-z]\w*?)(?:_\d+)+\b")
 
 
 def table(report: Findings) -> str:
-    """The report for a terminal of 120 columns, plain ASCII as far as the names in it are."""
+    """The report for a terminal of 120 columns. It is plain ASCII if the names in it are."""
     blocks = [_title(report)]
     if report.rewrites:
         blocks.append(_rewrite_table(report))
@@ -54,7 +54,7 @@ def html(report: Findings) -> str:
 
 
 def summary(report: Findings) -> str:
-    """Everything in one line: counts, kernels and bytes; at zero rewrites, why."""
+    """Everything in one line: counts, kernels and bytes; if nothing was rewritten, why."""
     tail = [count(len(report.graphs), "graph"), count(len(report.graph_breaks), "graph break")]
     if not report.rewrites:
         return f"{report.why_nothing()} ({count(len(report.graph_breaks), 'graph break')})"
@@ -82,7 +82,7 @@ def _title(report: Findings) -> str:
 
 
 def _rewrite_table(report: Findings) -> str:
-    """One line per site or per fold of like sites: where, how many, what, in which modules, by which rule."""
+    """One line per site or per fold of similar sites: where, how many, what, in which modules, by which rule."""
     with_runs = report.executed != len(report.rewrites)
     heads = ["source", "sites", *(["runs"] if with_runs else []), "rewrote", "module", "rule"]
     rows = []
@@ -114,7 +114,8 @@ def _likeness(site: Rewrite) -> tuple:
 
 
 def _folds(sites: Sequence[Any], likeness: Callable[[Any], Any], fold_from: int = FOLD_FROM) -> list[list[Any]]:
-    """Like sites together, in order of their first; few like ones stay one by one, for their exact names."""
+    """Groups of similar sites, in the order of their first sites. A few similar ones stay alone, to show their exact
+    names."""
     groups: dict[Any, list[Any]] = {}
     for site in sites:
         groups.setdefault(likeness(site), []).append(site)
@@ -246,7 +247,8 @@ def _md(cell: str) -> str:
 
 
 def _savings(report: Findings) -> str:
-    """Kernels and bytes before and after, and whose were before; each site as often as it ran, once where nothing has."""
+    """Kernels and bytes before and after, and whose kernels "before" means. Each site counts as often as it ran, or once if
+    nothing ran."""
     captured, executed = len(report.rewrites), report.executed
     weights = [_runs(report, site) if executed else 1 for site in report.rewrites]
     sums = []

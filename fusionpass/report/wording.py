@@ -1,4 +1,4 @@
-"""Many things in few words: how many, module paths as ranges, node names by what they share."""
+"""Short words for many things: counts, module paths as ranges, node names by their common part."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def count(number: int, noun: str) -> str:
 
 
 def ranges(paths: Iterable[str]) -> list[str]:
-    """Dotted paths with the numbers in which they differ written as ranges: `layers.{0..47}.mlp`.
+    """Dotted paths, in which the numbers that differ are written as ranges: `layers.{0..47}.mlp`.
 
-    A constant step above one is written as in a shell, `{3..47..4}`. Where several numbers vary, the last is folded.
+    A constant step above one is written as in a shell, `{3..47..4}`. If several numbers vary, the last one is folded.
     """
     groups: dict[tuple[str, ...], list[list[str]]] = {}
     for path in dict.fromkeys(paths):
@@ -57,15 +57,15 @@ def _number_set(numbers: list[int]) -> str:
 
 
 def stem(name: str) -> str:
-    """A node name without the number that tells it apart: `linear_8` -> `linear`."""
+    """A node name without its number: `linear_8` -> `linear`."""
     return _NUMBERED.sub("", name)
 
 
 def common(names: Sequence[str]) -> str:
-    """The one name, or what many share: `linear_8`, `linear_17` -> `linear*`."""
+    """The name if there is only one, else the common part: `linear_8`, `linear_17` -> `linear*`."""
     return names[0] if len(set(names)) == 1 else stem(names[0]) + "*"
 
 
 def skeleton(path: str) -> str:
-    """`path` with its numbers blanked, equal for the same module of like layers."""
+    """`path` with its numbers blanked. It is equal for the same module of similar layers."""
     return ".".join("#" if part.isdecimal() else part for part in path.split("."))

@@ -5,9 +5,9 @@
     SQUARED_RELU = Rule(name="squared_relu", formula="relu(x) ** 2", ..., op=Op(torch.ops.mine.squared_relu.default), ...)
     fusionpass.fuse(model, rules=[*RULES, SQUARED_RELU])
 
-A rule finds sites, asks its guards about them, and grows them by its stages; the engine does the rest: it puts the op in the
-place of the nodes, checks it (`verify`), and reports. `examples/own_rule.py` is a whole one. A `Stage` given by itself joins
-the rules that its `of` names.
+A rule finds sites, asks its guards about them, and grows them by its stages. The engine does the rest: it puts the op in the
+place of the nodes, checks it (`verify`), and reports. `examples/own_rule.py` is a whole rule. A `Stage` that is given by
+itself joins the rules that its `of` names.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ RULES: tuple[Rule, ...] = (gated_add.RULE, finalize.RULE)
 
 
 class Chosen(NamedTuple):
-    """A rule that the option `rules` allows, and which of its stages."""
+    """A rule that the option `rules` allows, with its stages."""
 
     rule: Rule
-    stages: tuple[Stage, ...]  # those that are left out included
+    stages: tuple[Stage, ...]  # also those that are left out
     left_out: frozenset[str]
 
 
@@ -68,11 +68,11 @@ def catalog(rules: Iterable[Rule] = RULES) -> tuple[Rule | Stage, ...]:
 
 
 def checked(given: Any) -> tuple[str | Rule | Stage, ...] | None:
-    """The option `rules`, names of ours in our order behind the objects.
+    """The option `rules`, checked. The names of our stages come last, in our order.
 
     Raises:
-        TypeError: it is no list of names and rules.
-        ValueError: a name that there is not, two rules of one name, no rule at all, a stage whose rule is left out.
+        TypeError: it is not a list of names and rules.
+        ValueError: an unknown name, two rules with one name, no rule at all, a stage whose rule is left out.
     """
     if given is None:
         return None
@@ -91,7 +91,7 @@ def checked(given: Any) -> tuple[str | Rule | Stage, ...] | None:
             f"option 'rules' is {list(given)!r} without {' or '.join(map(repr, ours))}, the core every stage grows from"
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"option 'rules' is {list(given)!r}: two rules of it have one name")
+        raise ValueError(f"option 'rules' is {list(given)!r}: two of the rules have the same name")
     for stage in given:
         if isinstance(stage, Stage) and not set(stage.of) & set(names):
             grows = " or ".join(map(repr, stage.of)) or "no rule: name one in its `of`"
@@ -103,7 +103,7 @@ def checked(given: Any) -> tuple[str | Rule | Stage, ...] | None:
 
 @lru_cache(maxsize=256)
 def chosen(given: tuple[str | Rule | Stage, ...] | None) -> tuple[Chosen, ...]:
-    """The rules that the checked option allows, in the order in which they are tried: that of the list."""
+    """The rules that the checked option allows, in the order of the list. They are tried in this order."""
     if given is None:
         return tuple(Chosen(rule, rule.stages, frozenset()) for rule in RULES)
     found = []
@@ -117,7 +117,7 @@ def chosen(given: tuple[str | Rule | Stage, ...] | None) -> tuple[Chosen, ...]:
 
 
 def own(given: tuple[str | Rule | Stage, ...] | None) -> Iterator[Rule | Stage]:
-    """What of the checked option is not ours."""
+    """The rules and stages of the checked option that are not ours."""
     ours = catalog()
     for each in given or ():
         if not isinstance(each, str) and each not in ours:

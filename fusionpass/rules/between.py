@@ -16,7 +16,7 @@ REACH = 4
 
 
 def walk_back(words: Vocabulary, value: object) -> tuple[Node | None, list[Node]]:
-    """The first node behind `value` that is no view, cast or dropout, and those before it, nearest last."""
+    """The first node on the way back from `value` that is no view, cast or dropout, and the nodes passed, nearest last."""
     between: list[Node] = []
     while isinstance(value, Node) and len(between) < REACH and value.args:
         if not (is_view(value) or is_cast(value) or words.operation(value) == "dropout"):
@@ -29,14 +29,14 @@ def walk_back(words: Vocabulary, value: object) -> tuple[Node | None, list[Node]
 def obstacle(
     words: Vocabulary, between: list[Node], source: Node, reader: Node, harmless: Callable[[Node], bool]
 ) -> Refusal | None:
-    """Why the nodes between `source` and `reader` matter; None when each hands on the very same tensor, or is `harmless`."""
+    """Why the nodes between `source` and `reader` matter; None if each one hands on the same tensor or is `harmless`."""
     for node in between:
         if words.operation(node) == "dropout":
             if not words.drops_nothing(node):
-                text = "{} reaches {} through {}, which drops some or may do so later"
+                text = "{} reaches {} through {}, which drops elements or may do so later"
                 return Refusal("dropout-between", text, source, reader, node)
         elif words.operation(node.args[0]) == "dropout":
-            continue  # an element of its results: judged with it
+            continue  # takes an element of the dropout's results: judged with the dropout
         elif not is_identity(node) and not harmless(node):
             kind = "cast-between" if is_cast(node) else "view-between"
             return Refusal(kind, "{} reaches {} through {}", source, reader, describe(node, words))

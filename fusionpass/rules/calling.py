@@ -12,9 +12,9 @@ from fusionpass.rules.site import Operand, Site
 
 
 def call_of(site: Site, operand: Callable[[str, Operand], Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the op, those given by keyword last; `operand` says what stands for one of the site's.
+    """The arguments of the op by position, and those by keyword. `operand` gives the value for one of the site's operands.
 
-    What the site has not is left out, or None where it goes by position.
+    An argument that the site does not have is left out, or is None if it goes by position.
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def call_of(site: Site, operand: Callable[[str, Operand], Any]) -> tuple[tuple[A
 
 
 def stored(site: Site) -> torch.dtype | None:
-    """The dtype to store, where the operands do not say it: they differ, or autocast has a say in what they become."""
+    """The dtype to store, if the operands do not determine it: their dtypes differ, or autocast changes the result's."""
     rows = [site.operands.get(name) or site.core.get(name) for name in site.op.rows]
     read = (tensor_of(operand.value) for operand in rows if operand is not None)
     total = tensor_of(site.end)

@@ -1,14 +1,14 @@
-"""Whether the inner compiler by itself would be faster: what an opaque op keeps it from fusing, against what the op saves.
+"""Whether the inner compiler by itself would be faster: what the op saves, minus what an opaque op keeps from being fused.
 
 A compiler that runs graphs node by node ("eager", "aot_eager", "cudagraphs", a callable of the user's) has nothing to lose.
 Inductor makes one kernel of the weighted sum, the formula, the residual add and the norm, and a second one of the gate's
-projection. Our op saves the second. What of the first it does not cover becomes a kernel of its own, and the tensor
-between the two goes through memory:
+projection. Our op saves the second kernel. If it does not cover all of the first one, the rest becomes a kernel of its
+own, and the tensor between the two goes through memory:
 
     saved = what the rule and its stages say: PROJECTION_US where the op computes the gate logit
     lost  = sum of KERNEL_US + bytes / BYTES_PER_US over the neighbours that Inductor would have fused with the formula
 
-A site is left alone when it loses more than it saves; a tie is rewritten.
+A site is left alone if it loses more than it saves. A tie is rewritten.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from fusionpass.rules.site import Site
 from fusionpass.rules.traffic import bytes_of
 
 # Measured on one H100 (torch 2.11, bf16, CUDA-graph replay).
-PROJECTION_US = 4.0  # Inductor's two kernels less our one, gate_projected_add: 3.6 at 1 x 2048, 5.1 at 32 x 4096
-TUNED_PROJECTION_US = 0.5  # with coordinate-descent tuning its projection fuses too: 0.1 at 32 x 2048, 0.6 at 1 x 2048
-# Of a weighted sum, for a site whose neighbours stay outside: Inductor reads gathered rows about three times, and others
-# not quite twice. From the ratios of the whole region, top-8, T = 1 to 4096 (grouped 0.53 to 0.30, batched 0.57 to 0.56).
+PROJECTION_US = 4.0  # Inductor's two kernels minus our gate_projected_add: 3.6 at 1 x 2048, 5.1 at 32 x 4096
+TUNED_PROJECTION_US = 0.5  # if tuned by coordinate descent, the projection fuses: 0.1 at 32 x 2048, 0.6 at 1 x 2048
+# A weighted sum by itself: Inductor reads gathered rows about three times, and others not quite twice. These come from the
+# ratios of the whole region to torch.compile, top-8, T = 1 to 4096: grouped 0.53 to 0.30, batched 0.57 to 0.56.
 FINALIZE_US = 2.0
 GATHERED_READS = 2.0
 SUMMED_READS = 0.5
-KERNEL_US = 1.3  # one kernel more in a replayed graph: the smallest, gated_add of one row, takes 1.14
-BYTES_PER_US = 3.0e6  # a copy of many times the L2 cache moves 3.0 TB/s, reads and writes together
+KERNEL_US = 1.3  # one more kernel in a replayed graph: the smallest one, gated_add of one row, takes 1.14
+BYTES_PER_US = 3.0e6  # a copy much larger than the L2 cache moves 3.0 TB/s, reads and writes together
 
 FUSING = ("inductor",)
 
 
 def saved_projection(site: Site, tuned: bool) -> float:
-    """Microseconds that the op saves where it computes the gate's projection as well."""
+    """Microseconds that the op saves if it also computes the gate's projection."""
     return TUNED_PROJECTION_US if tuned else PROJECTION_US
 
 
 def saved_finalize(site: Site, tuned: bool) -> float:
-    """Microseconds that the op saves where it computes the weighted sum over the experts as well."""
+    """Microseconds that the op saves if it also computes the weighted sum over the experts."""
     moved = bytes_of(tensor_of(site.node("a")))
     reads = GATHERED_READS if site.node("inverse") is not None else SUMMED_READS
     return FINALIZE_US + reads * (moved or 0) / BYTES_PER_US
 
 
 def left_to_inner(site: Site, effects: Effects, inner: object, saved: float) -> Refusal | None:
-    """Why the site is better left to the inner compiler; None when it is not.
+    """Why it is better to leave the site to the inner compiler; None if it is not.
 
     Args:
         inner: the option of this name.
-        saved: microseconds that the op saves it.
+        saved: microseconds that the op saves the inner compiler.
     """
-    if inner not in FUSING or site.numbers["numerics"] == "eager":  # whoever asks for eager's bits wants them first
+    if inner not in FUSING or site.numbers["numerics"] == "eager":  # eager's bits are more important than the time
         return None
-    # Inductor is given the bare formula, and on a CPU the whole region, as it stands: see `operators.in_inductor`.
+    # Inductor gets the bare formula, and on a CPU the whole region, as an expression: see `operators.in_inductor`.
     if site.op.opened or (site.op.opened_on_cpu and tensor_of(site.end).device.type == "cpu"):
         return None
     lost = [*_producers(site), *_consumers(site, effects)]
@@ -77,7 +77,7 @@ def left_to_inner(site: Site, effects: Effects, inner: object, saved: float) -> 
 
 
 def _producers(site: Site) -> list[Node]:
-    """What computes an operand for the op alone, and would be computed inside Inductor's kernel."""
+    """The nodes that compute an operand only for the op, and that Inductor would compute inside its kernel."""
     operands = [site.node(name) for name in site.op.rows]
     inside = set(site.parts)
     found = []
@@ -89,14 +89,14 @@ def _producers(site: Site) -> list[Node]:
 
 
 def _only_inside(reader: Node, inside: set[Node]) -> bool:
-    """Whether the reader belongs to the site, or hands a view on to nothing but the site or the caller."""
+    """Whether the reader belongs to the site, or is a view that only the site or the caller reads."""
     if reader in inside or reader.op == "output":
         return True
     return is_view(reader) and all(_only_inside(each, inside) for each in readers(reader))
 
 
 def _consumers(site: Site, effects: Effects) -> list[Node]:
-    """Results that a node reads which Inductor could compute in the same kernel: all else it needs stands before the op."""
+    """Results with a reader that Inductor could compute in the same kernel: its other operands stand before the op."""
     inside, now = set(site.parts), effects.position[site.end]
     return [result for result in site.results if _read_by_pointwise(result, inside, now, effects)]
 

@@ -1,4 +1,4 @@
-"""The rule a + sigmoid(gate) * b: what it asks of its operands, what it grows over, what it becomes."""
+"""The rule a + sigmoid(gate) * b: what its operands must be, what it grows over, what it becomes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fusionpass.rules.site import Site
 from fusionpass.rules.stages import common, finalize, gate_projection, residual, rms_norm
 
 CODES = {
-    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or is not known not to",
+    "view-between": "a view between the sigmoid, the product and the sum reorders or drops rows, or may do so",
     "dropout-between": "a dropout in training stands between the product and the sum",
     "other-form": "one node computes the product or the sum as part of something else: glu, lerp, einsum, index_add",
     "cast-between": "a cast rounds in between",
@@ -31,7 +31,7 @@ CODES = {
     "scalar-operand": "a, b or the gate is a Python number",
     "no-metadata": "the tracer recorded no tensor for an operand",
     "multi-use": "the product is read by others too, so it must stay",
-    "mixed-dtype": "the operands differ in dtype, and one is 0-d or no dtype of the op, or numerics is 'eager'",
+    "mixed-dtype": "the operands differ in dtype, and one is 0-d, or the op does not take one, or numerics is 'eager'",
     "dtype": "a dtype outside bfloat16, float16, float32",
     "device": guards.CODES["device"],
     "layout": guards.CODES["layout"],
@@ -53,7 +53,7 @@ CODES = {
 
 
 def product_read_once(site: GatedSite, effects: Effects) -> Refusal | None:
-    """The sigmoid may have other readers, and then stays; the product may not, or it would be computed twice."""
+    """The sigmoid may have other readers, and stays then. The product may not, or it would be computed twice."""
     a = site.node("a")
     if a in site.handed_on:
         return Refusal("multi-use", "{} adds {} to itself", site.anchor, a)
@@ -76,7 +76,7 @@ def known_dtypes(site: GatedSite, effects: Effects) -> Refusal | None:
         return Refusal("dtype", "the operands are {}: allowed are bfloat16, float16, float32", dtype_text(total))
     promoted = reduce(torch.promote_types, dtypes)
     if site.overwrites is None and not site.in_place and promoted != total:
-        text = "the op would give {}, which the operands promote to, eager gives {}"
+        text = "the operands promote to {}, so the op would give it, but eager gives {}"
         return Refusal("result", text, dtype_text(promoted), dtype_text(total))
     return None
 
@@ -91,7 +91,7 @@ def shapes_fit(site: GatedSite, effects: Effects) -> Refusal | None:
 
 
 def sigmoid_unwritten(site: GatedSite, effects: Effects) -> Refusal | None:
-    """The sigmoid may have other readers, and one of them may write into it; the product has none."""
+    """The sigmoid may have other readers, and one of them may write into it. The product has no other readers."""
     writer = effects.write_between(site.sigmoid, site.sigmoid, site.product)
     if writer is not None:
         text = "{} may write the sigmoid ({}) before {}"
@@ -100,7 +100,7 @@ def sigmoid_unwritten(site: GatedSite, effects: Effects) -> Refusal | None:
 
 
 def one_dtype(site: Site) -> Refusal | None:
-    """The op rounds as the nodes do where all are of one dtype."""
+    """The op rounds as the nodes do if all operands have one dtype."""
     dtypes = [tensor_of(node).dtype for _, node in (*guards.operands(site), ("the sum", site.anchor))]
     if len(set(dtypes)) > 1:
         return Refusal("mixed-dtype", "a is {}, gate {}, b {}, the sum {}", *map(dtype_text, dtypes))

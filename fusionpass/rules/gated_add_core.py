@@ -1,8 +1,8 @@
 """The core: which adds are, or nearly are, a + sigmoid(gate) * b.
 
-`find` walks backwards from one add-like node and returns every way to read it as the formula, best first, without
-judging: judging is the guards' work. A reading that goes through casts, other views or a scale is a near miss, kept so that
-the report can say what stood in between.
+`find` walks backwards from one add-like node and returns every way to read it as the formula, best first. It does not judge
+them; the guards do. A reading that goes through casts, other views or a scale is a near miss. It is kept so that the
+report can say what stood in between.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusionpass.rules.between import REACH, obstacle, walk_back
 from fusionpass.rules.rule import Reading
 from fusionpass.rules.site import Operand, Site
 
-# The formula's sum or product as part of one node that the pass does not read, and what that node computes.
+# Nodes that compute the formula's sum or product as a part, which the pass does not look into; and what they compute.
 OTHER_SUMS = {"lerp": "a + sigmoid(gate) * (b - a)", "index_add": "a sum at the places that an index names"}
 OTHER_PRODUCTS = {"glu": "b * sigmoid(gate) of the halves of one tensor", "einsum": "a product with the sigmoid"}
 
@@ -35,7 +35,7 @@ class GatedSite(Site):
 
     Attributes:
         product: the mul, or the anchor itself for addcmul.
-        handed_on: the product and what hands it on to the sum, which nobody but the sum may read.
+        handed_on: the product and the nodes that hand it on to the sum. Only the sum may read them.
     """
 
     product: Node
@@ -46,8 +46,8 @@ class GatedSite(Site):
 def find(words: Vocabulary, add: Node) -> Iterator[Reading]:
     """Every reading of `add` as the formula, with what stands between its nodes (None: nothing does).
 
-    The right-hand addend is read as the product first, then the left-hand one, and in a product its left factor as the
-    sigmoid first: where two readings hold, as in `s1 * x + s2 * y`, the choice is always the same.
+    The right-hand addend is tried as the product first, then the left-hand one. In a product, the left factor is tried
+    as the sigmoid first. So if two readings hold, as in `s1 * x + s2 * y`, the choice is always the same.
     """
     total = words.meaning(add)
     if total is None:
@@ -131,7 +131,7 @@ def _readings(
 
 
 def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:
-    """The sigmoid in 2 * sigmoid(g), in sigmoid(g) * b, in a mask times either: something is multiplied once more."""
+    """The sigmoid in 2 * sigmoid(g), in sigmoid(g) * b, or in a mask times one of these: there is one factor too many."""
     for _ in range(REACH):
         meaning = words.meaning(node)
         if meaning is None or meaning.op != "mul":
@@ -145,8 +145,8 @@ def _scaled_sigmoid(words: Vocabulary, node: Node | None) -> Node | None:
 
 
 def _elementwise(inner: Node, sigmoid: Node, product: Node) -> bool:
-    """Whether what is multiplied once more is a factor for each gate or each element of the product: an outer product, as in
-    the delta rule's recurrence, is no formula with a factor too many."""
+    """Whether the extra factor goes with each gate or with each element of the product. An outer product, as in the delta
+    rule's recurrence, is not the formula with one factor too many."""
     shapes = [tensor_of(node) for node in (inner, sigmoid, product)]
     if None in shapes:
         return True
@@ -175,18 +175,19 @@ def _is_gated(words: Vocabulary, operand: Node) -> bool:
 
 
 def _keeps_gates(node: Node) -> bool:
-    """Whether a view after the sigmoid leaves each gate with its rows: in their order, or the same for many columns."""
+    """Whether a view after the sigmoid leaves each gate at its row: it keeps their order, or repeats a gate for many
+    columns."""
     return _keeps_rows(node) or is_expand(node)
 
 
 def _keeps_rows(node: Node) -> bool:
-    """Whether a view after the product leaves its elements in their order; `view(dtype)` would read other numbers."""
+    """Whether a view after the product leaves its elements in order. (`view(dtype)` would read other numbers.)"""
     before, after = tensor_of(node.args[0]), tensor_of(node)
     return is_reshape(node) and before is not None and after is not None and before.dtype == after.dtype
 
 
 def _seen_through_views(words: Vocabulary, site: GatedSite, after_sigmoid: list[Node]) -> dict[str, tuple] | Refusal:
-    """The shapes that the views between the formula's nodes give the gate and b, where they do."""
+    """The shapes that views between the formula's nodes give the gate and b, if there are such views."""
     views = [node for node in after_sigmoid if words.operation(node) != "dropout" and not is_identity(node)]
     moved = [node for node in site.handed_on[1:] if words.operation(node) != "dropout" and not is_identity(node)]
     if not (views or moved):
@@ -197,7 +198,7 @@ def _seen_through_views(words: Vocabulary, site: GatedSite, after_sigmoid: list[
     if any(tensor_of(node) is None for node in (gate, b, site.product, site.anchor, *views, *moved)):
         return refusal
     reshapes = [node for node in views if not is_expand(node)]
-    if any(is_expand(node) for node in views[: len(reshapes)]):  # a reshape behind an expand: the gates are many
+    if any(is_expand(node) for node in views[: len(reshapes)]):  # a reshape after an expand: there are many gates
         return refusal
     gates = tuple(tensor_of(reshapes[-1] if reshapes else gate).shape)
     if not moved:

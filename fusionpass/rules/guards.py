@@ -1,7 +1,7 @@
-"""When a formula may not be replaced: each guard is one question about a site, answered by a refusal or None.
+"""When a formula may not be replaced. Each guard asks one question about a site, and answers with a refusal or None.
 
-A rule lists its guards, cheapest first; the first refusal is the one reported. Those here are of use to any rule;
-`GUARDS` are the ones that every rule needs.
+A rule lists its guards, cheapest first. The first refusal is reported. Any rule can use the guards here; every rule
+needs those in `GUARDS`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CODES = {
     "scalar-operand": "an operand is a Python number",
     "multi-use": "a node in between is read by others too, so it must stay",
     "device": "the operands live on different devices, or on one for which there is no kernel",
-    "layout": "a sparse or otherwise not strided tensor",
+    "layout": "a tensor that is not strided, such as a sparse one",
     "subclass": "a tensor subclass, whose own rules would be bypassed",
     "zero-dim": "a 0-d operand, which promotes by other rules",
     "in-place": "a node of the formula overwrites memory that somebody else reads",
@@ -35,9 +35,9 @@ CODES = {
     "mutation-between": "an operand is overwritten between the old read and the new one",
     "metadata-mutation": "an operand's shape or strides are changed in place",
     "needs-grad": "gradients are recorded, and the op has no backward",
-    "numerics-eager": "the option 'numerics' asks for the bits of the nodes, and the op rounds otherwise",
+    "numerics-eager": "the option 'numerics' asks for the bits of the nodes, and the op rounds differently",
     "result": "the op's result would differ in shape, dtype or device",
-    "stride": "the op would lay the result out in memory otherwise than eager does",
+    "stride": "the op's result would have another layout in memory than eager's",
     "kept-module": "a module whose call signature the exported program keeps would lose a value, or read another",
     "left-to-inner": "the inner compiler by itself would be faster (option profitable_only)",
 }
@@ -51,7 +51,7 @@ def operands(site: Site) -> Iterator[tuple[str, Node]]:
 
 
 def tensors(site: Site) -> Iterator[tuple[str, Node | str, torch.Tensor]]:
-    """All operands' tensors, those of parameters that only a path names included."""
+    """The tensors of all operands, also of parameters that have only a path."""
     for name, operand in site.operands.items():
         path = isinstance(operand.value, str)
         value = attribute(site.anchor.graph.owning_module, operand.value) if path else tensor_of(operand.value)
@@ -74,7 +74,7 @@ def recorded(site: Site, effects: Effects) -> Refusal | None:
 
 
 def parts_read_once(site: Site, effects: Effects) -> Refusal | None:
-    """What the op does not give may be read by the nodes that it takes the place of, only."""
+    """A node whose value the op does not give may be read only by nodes that the op replaces."""
     inside = set(site.parts)
     for part in site.parts:
         if part not in site.results and not inside.issuperset(readers(part)):
@@ -100,21 +100,21 @@ def plain_tensors(site: Site, effects: Effects) -> Refusal | None:
 
 @cache
 def _missing_kernel(device: torch.device, dtype: torch.dtype) -> str:
-    """Why there is no kernel for tensors of a device, "" when there is one."""
+    """Why there is no kernel for the tensors of a device; "" if there is one."""
     if device.type not in ("cpu", "cuda", "meta"):
         return f"there is no kernel for device {device.type}"
     if device.type != "cuda":
         return ""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, and kernels for CUDA need it"
-    # A graph for a GPU may be traced where there is none.
+    # A graph for a GPU may be traced on a machine without one.
     if dtype is torch.bfloat16 and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic"
     return ""
 
 
 def device_has_kernels(site: Site, effects: Effects) -> Refusal | None:
-    """Of this package's own ops."""
+    """For this package's own ops."""
     for name, node, tensor in tensors(site):
         problem = _missing_kernel(tensor.device, tensor.dtype)
         if problem:
@@ -141,7 +141,7 @@ def one_state(site: Site, effects: Effects) -> Refusal | None:
 
 
 def nothing_else_written(site: Site, effects: Effects) -> Refusal | None:
-    """A node that writes may go only where the rule knows of it, and the two guards below have asked who sees it."""
+    """A node that writes may go only if the rule knows of the write. The two guards below then ask who sees it."""
     for part in site.parts:
         known = part in site.in_place or (part is site.anchor and site.overwrites is not None)
         if effects.writes(part) and not known:
@@ -150,9 +150,10 @@ def nothing_else_written(site: Site, effects: Effects) -> Refusal | None:
 
 
 def sum_owned(site: Site, effects: Effects) -> Refusal | None:
-    """`a += ...` may become a fresh sum only when nobody can tell: a is the graph's own, fills its memory and is dead after.
+    """`a += ...` may become a fresh sum only if nobody can see the difference: a is the graph's own, fills its memory and is
+    not read afterwards.
 
-    A view of a larger buffer shows what lies around it (`as_strided`, `untyped_storage`), to the graph's caller too.
+    A view of a larger buffer shows what lies around it (`as_strided`, `untyped_storage`), also to the graph's caller.
     """
     if site.overwrites is None:
         return None
@@ -168,7 +169,7 @@ def sum_owned(site: Site, effects: Effects) -> Refusal | None:
 
 
 def factors_owned(site: Site, effects: Effects) -> Refusal | None:
-    """`b *= sigmoid(g)` and `g.sigmoid_()` may go only when nobody can tell, as `a += ...` may."""
+    """`b *= sigmoid(g)` and `g.sigmoid_()` may go only if nobody can see the difference, as with `a += ...`."""
     for node, written in site.in_place.items():
         reader = effects.other_reader(written, node)
         if reader is not None:
@@ -196,7 +197,7 @@ def operands_unwritten(site: Site, effects: Effects) -> Refusal | None:
 
 
 def gradients_kept(site: Site, effects: Effects) -> Refusal | None:
-    """An op without a backward may not stand where gradients are recorded."""
+    """An op without a backward must not stand where gradients are recorded."""
     if site.op.trains or not torch.is_grad_enabled():
         return None
     for name, node, tensor in tensors(site):

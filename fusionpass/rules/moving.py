@@ -14,9 +14,10 @@ Reads = Iterable[tuple[str, Operand]]
 
 
 def movable(reads: Reads, first: Node, now: Node, effects: Effects, own: Collection[Node] = ()) -> Refusal | None:
-    """Whether the operands, by their names in sentences, may be read at `now`; `first` begins the stage.
+    """Whether the operands may be read at `now`.
 
-    own: nodes of the stage itself, whose writes go with them.
+    reads: the operands, by their names in sentences. first: the stage's first node. own: nodes of the stage itself; their
+    writes move with them.
     """
     change = effects.state_change_between(first, now)
     if change is not None:
@@ -32,6 +33,6 @@ def movable(reads: Reads, first: Node, now: Node, effects: Effects, own: Collect
 
 
 def site_movable(site: Site, now: Node, effects: Effects) -> Refusal | None:
-    """Whether the site's op may stand at `now`, instead of where it would stand so far."""
+    """Whether the site's op may stand at `now` instead of at its present place."""
     reads = ((operand.said or name, operand._replace(read=site.at)) for name, operand in site.operands.items())
     return movable(reads, site.at, now, effects)

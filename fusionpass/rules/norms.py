@@ -43,7 +43,7 @@ class Norm:
 
 
 def norm_of(value: Node, kept: torch.dtype, words: Vocabulary, effects: Effects) -> Norm | Refusal | None:
-    """The RMSNorm that reads the value, `kept` is the dtype that others read of it; None where no reader is one."""
+    """The RMSNorm that reads the value; `kept` is the dtype that others read of it. None if no reader is one."""
     return _torch_norm(value, words) or _written_out(value, words, effects, kept)
 
 
@@ -60,7 +60,7 @@ def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:
         shape = tuple(shape) if isinstance(shape, (list, tuple)) else (shape,)
         if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
-        # Of the type it computes in: ATen accumulates 16-bit dtypes in float32, whose epsilon it takes.
+        # The epsilon of the dtype in which it computes: for 16-bit dtypes ATen accumulates in float32.
         eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
         if tensor_of(user) is not None:
             return Norm(_movable(weight), eps, 0.0, user, [user], user)
@@ -85,7 +85,7 @@ def _written_out(end: Node, words: Vocabulary, effects: Effects, kept: torch.dty
 
 
 def _float32_forms(total: Node) -> Iterator[list[Node]]:
-    """The casts that lead from the sum to float32, through casts that do nothing; none where the sum is float32."""
+    """The casts from the sum to float32, also through casts that do nothing; none if the sum is float32."""
     if tensor_of(total).dtype is torch.float32:
         yield []
     for cast in total.users:
@@ -98,7 +98,7 @@ def _float32_forms(total: Node) -> Iterator[list[Node]]:
 
 
 def _scaled_by_rms(wide: Node, scaled: Node, words: Vocabulary) -> tuple[float, list[Node]] | None:
-    """(eps, nodes) when `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
+    """(eps, nodes) if `scaled` is wide * rsqrt(mean(wide ** 2, -1, keepdim) + eps), in place or not."""
     product = words.operands(scaled, "mul")
     if product is None or wide not in product:
         return None
@@ -128,7 +128,7 @@ def _inside_rsqrt(node: object, words: Vocabulary) -> object:
 
 
 def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refusal | None:
-    """`h.mul_(rsqrt)` may go only when nobody else reads h's memory afterwards."""
+    """`h.mul_(rsqrt)` may go only if nobody else reads h's memory afterwards."""
     for node in norm.parts:
         meaning = words.meaning(node)
         if meaning is None or not meaning.in_place or not isinstance(meaning.operands[0], Node):
@@ -140,14 +140,14 @@ def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refu
 
 
 def _number(eps: object) -> float | None:
-    """eps as a number. One that dynamic=True left open, an attribute of the norm, is fixed by a guard on it: the kernel is
-    compiled for it, as it is for the hidden size."""
+    """eps as a number. With dynamic=True an eps that is an attribute of the norm may be symbolic. Then a guard fixes
+    it, because the kernel is compiled for its value, as for the hidden size."""
     value = value_of(eps) if isinstance(eps, Node) else eps
     return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
 
 
 def _shifted(node: object, words: Vocabulary) -> tuple | None:
-    """(mean, eps) of mean + eps, in place or not: nobody else reads the mean."""
+    """(mean, eps) of mean + eps, in place or not. Nobody else may read the mean."""
     meaning = words.meaning(node)
     if (
         meaning is None
@@ -168,7 +168,8 @@ def _weighted(
     kept: torch.dtype,
     words: Vocabulary,
 ) -> Norm | Refusal:
-    """What follows the scaling: a weight, before or after the cast back to the dtype that is kept of the sum."""
+    """The norm with what follows the scaling: a weight, before or after the cast back to the dtype that is kept of the
+    sum."""
     norm = reached = Norm(None, eps, 0.0, scaled, [*casts, *parts], scaled)
     while len(readers(reached.result)) == 1:
         (reader,) = readers(reached.result)
@@ -185,9 +186,9 @@ def _weighted(
             break
         reached = Norm(weight, eps, offset, reader, [*reached.parts, *made, reader], read)
         if tensor_of(reader).dtype == kept or tensor_of(norm.result).dtype != kept:
-            norm = reached  # a later cast to float32, for a router say, is its reader's own
+            norm = reached  # a later cast to float32, say for a router, belongs to its reader
     inside = set(norm.parts)
-    # A cast of a float32 sum to float32 is the sum itself, and stays for whoever else reads it.
+    # A cast of a float32 sum to float32 is the sum itself, and stays for its other readers.
     private = [part for part in norm.parts if part is not norm.result and not (part in casts and is_identity(part))]
     used = [other for part in private for other in readers(part) if other not in inside]
     if used:
@@ -207,7 +208,7 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
         offset = float(number)
         made.insert(0, factor)
         factor = other
-    # What others read too, such as a weight cast once for all, stays where it is and is read as it is.
+    # A node that others read too, such as a weight that is cast once for all, stays where it is and is read as it is.
     while (
         isinstance(factor, Node) and is_cast(factor) and len(readers(factor)) == 1 and isinstance(factor.args[0], Node)
     ):
@@ -220,5 +221,6 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
 
 
 def _movable(weight: Node | str | None) -> Node | str | None:
-    """A parameter by its path: tracers put the node that gets it just before its use, and the op stands earlier."""
+    """The weight by its path, if it is a parameter. Tracers put the `get_attr` node just before its use, and the op stands
+    earlier."""
     return str(weight.target) if isinstance(weight, Node) and weight.op == "get_attr" else weight

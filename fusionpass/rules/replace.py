@@ -1,4 +1,4 @@
-"""One node in, its predecessors out: the only place that edits a graph."""
+"""One node comes in, the nodes that it replaces go out. Only this module edits a graph."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from fusionpass.rules.site import Operand, Site
 
 
 class Inserted(NamedTuple):
-    """The op at its place; nothing reads its results yet."""
+    """The op at its place. Nothing reads its results yet."""
 
     op: Node
-    results: tuple[Node, ...]  # for each of the site's; the op itself where it has one result
-    views: tuple[Node, ...] = ()  # of operands, in the shapes in which the formula sees them
+    results: tuple[Node, ...]  # one for each result of the site; the op itself if it has one result
+    views: tuple[Node, ...] = ()  # views of operands, in the shapes that the formula sees
 
 
 class Replacement(NamedTuple):
-    """The node of the op, the names of the nodes that are gone, and the new names of the values that live on."""
+    """The node of the op, the names of the nodes that are gone, and the new names of the values that remain."""
 
     node: Node
     gone: list[str]
@@ -35,7 +35,7 @@ class Replacement(NamedTuple):
 
 
 def insert(graph: Graph, site: Site) -> Inserted:
-    """Compute the site's results by one op, right where the last of its sums stands."""
+    """Compute the site's results by one op, at the place of the last of its sums."""
     op = site.op
     with graph.inserting_before(site.at):
         views = {name: view for name in site.shapes if (view := _viewed(graph, site, name)) is not None}
@@ -48,8 +48,8 @@ def insert(graph: Graph, site: Site) -> Inserted:
         return Inserted(new, (new,), made)
     results = []
     for index, (old, said) in enumerate(zip(site.results, op.results, strict=False)):
-        # The first beside the op. Another where the old one stood: `torch.export.unflatten` tells a module's nodes by their
-        # standing together.
+        # The first result stands beside the op. Any other stands where the old one stood, because `torch.export.unflatten`
+        # expects the nodes of a module to stand together.
         with graph.inserting_before(site.at if index == 0 else old):
             name = f"{new.name}_{said.partition(' ')[0]}"
             results.append(graph.create_node("call_function", operator.getitem, (new, index), name=name))
@@ -64,7 +64,8 @@ def _read(graph: Graph, operand: Operand) -> Node:
 
 
 def _viewed(graph: Graph, site: Site, name: str) -> Node | None:
-    """The operand in the shape in which the formula sees it, behind the views that the op does without; None for its own."""
+    """The operand in the shape that the formula sees, after views that the op does not need; None if that is its own
+    shape."""
     node, shape = site.node(name), site.shapes[name]
     if node is None or same_sizes(tensor_of(node).shape, shape):
         return None
@@ -77,7 +78,7 @@ def _viewed(graph: Graph, site: Site, name: str) -> Node | None:
 
 
 def _size_node(graph: Graph, site: Site, size: torch.SymInt) -> Node:
-    """A node for a size that is open until the graph runs: one of an operand's, which the rule has made sure of."""
+    """A node for a size that is not known until the graph runs. It is a size of an operand; the rule has checked this."""
     nodes = [operand.value for operand in site.core.values() if isinstance(operand.value, Node)]
     sizes = ((node, dim, other) for node in nodes for dim, other in enumerate(tensor_of(node).shape))
     node, dim, found = next((node, dim, other) for node, dim, other in sizes if known_equal(other, size))
@@ -91,9 +92,9 @@ def _value_key(node: Node) -> str:
 
 
 def take_over(graph: Graph, site: Site, new: Inserted, effects: Effects) -> Replacement:
-    """Have readers of the site's results read the op's.
+    """Let the readers of the site's results read the op's results.
 
-    Only the site's own nodes and the views made for them are erased, each only when nothing reads it any more; no other
+    Only the site's own nodes and the views made for them are erased, each only if nothing reads it any more. No other
     node is touched.
     """
     results = list(new.results)
@@ -105,12 +106,12 @@ def take_over(graph: Graph, site: Site, new: Inserted, effects: Effects) -> Repl
     for node in (new.op, new.results[0], *new.views):
         effects.position.setdefault(node, effects.position[site.at])
     _stand_in(results[0], site.end, effects)
-    # What is computed from the old sum, such as a norm, is now the new one's reader: its nodes go first.
+    # Nodes that were computed from the old sum, such as a norm, now read the new one. They are erased first.
     return Replacement(new.op, _erase(graph, site), renamed)
 
 
 def _written_back(graph: Graph, site: Site, total: Node) -> Node:
-    """`residual += sum`: the residual's memory, which others see, gets what the op computed."""
+    """`residual += sum`: others see the residual's memory, so the op's result is copied into it."""
     written = site.operands[site.written_back].value
     with graph.inserting_before(site.at):
         new = graph.create_node("call_function", torch.ops.aten.copy_.default, (written, total))
@@ -119,7 +120,7 @@ def _written_back(graph: Graph, site: Site, total: Node) -> Node:
 
 
 def _describe(new: Node, results: list[Node], names: tuple[str, ...]) -> None:
-    """What a tracer would have recorded of an op with several results."""
+    """Record what a tracer would have recorded for an op with several results."""
     first = results[0]
     key = _value_key(first)
     new.meta = {k: v for k, v in first.meta.items() if k not in ("tensor_meta", "val", "example_value")}
@@ -134,7 +135,7 @@ def _stand_in(new: Node, old: Node, effects: Effects) -> None:
 
 
 def _erase(graph: Graph, site: Site) -> list[str]:
-    """Erase those of the site's nodes that nothing reads any more, and say which."""
+    """Erase the site's nodes that nothing reads any more, and return their names."""
     gone: dict[Node, str] = {}
 
     def erase(node: Node) -> None:
@@ -145,7 +146,7 @@ def _erase(graph: Graph, site: Site) -> list[str]:
         if part in gone or readers(part):
             continue
         operands = part.all_input_nodes
-        for node in (*part.users, part):  # asserts on what is gone, then itself
+        for node in (*part.users, part):  # first the asserts about the part, then the part
             erase(node)
         for operand in operands:  # views that only the part read, such as the weights' unsqueeze
             while is_reshape(operand) and not operand.users:
@@ -161,7 +162,7 @@ def _empty_like(value: torch.Tensor) -> torch.Tensor:
 
 
 def _own_memory(new: Node, site: Site) -> None:
-    """The recorded value of `a += ...` is a itself; the op's result is memory of its own."""
+    """The recorded value of `a += ...` is a itself, but the op's result has memory of its own."""
     if site.overwrites is None and site.written_back is None:
         return
     value, key = tensor_of(site.end), _value_key(new)

@@ -1,4 +1,4 @@
-"""What a site becomes: an op, and what the pass has to know of it."""
+"""What a site becomes: an op, and what the pass must know about it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fusionpass.private import OpOverload
 
 
 class Argument(NamedTuple):
-    """One of an op's, by its schema, which takes long to ask."""
+    """One argument of an op, read from its schema once, because that takes long."""
 
     name: str
-    of_site: str  # the site's operand or number that it is
+    of_site: str  # the name of the site's operand or number for it
     by_keyword: bool
     default: Any
 
@@ -25,23 +25,24 @@ class Argument(NamedTuple):
 class Op:
     """An op that a site may become. Its arguments are the site's operands and numbers of the same names.
 
-    An argument `dtype`, where the op has one, is given where the operands do not say what dtype to store; an argument
-    `numerics` where the option has another value than the schema. The op returns fresh tensors and writes none.
+    If the op has an argument `dtype`, it is given where the operands do not say which dtype to store. If it has an argument
+    `numerics`, it is given where the option differs from the schema's default. The op returns fresh tensors and writes none.
 
     Attributes:
         target: the overload, such as `torch.ops.mine.silu_mul.default`.
-        names: argument -> the site's operand or number, where the two have other names.
-        results: what sentences call its results. A result beyond those that a site has is an empty tensor.
-        rows: operands with the result's own rows, which decide its dtype, and whose producers Inductor would fuse with it.
-        contiguous: contiguous operands give contiguous results of the shape and dtype that the formula has, so that the op
-            need not be asked.
+        names: argument -> the site's operand or number, if that has another name.
+        results: the names of its results in sentences. A result that a site does not have is an empty tensor.
+        rows: operands with the same rows as the result. They decide its dtype, and Inductor would fuse their producers
+        with it. contiguous: contiguous operands give contiguous results with the shape and dtype of the formula, so the
+        op need not be
+            asked.
         trains: it has a backward.
-        casts: autocast has a say in what it gives.
-        opened: Inductor is given its expression in place of the op, on any device.
-        opened_on_cpu: the same, on a CPU.
-        widened: operands that the expression casts to float32 for a kernel of their own.
-        weights: operands that are summed over with another: `verify` draws them so that the sums are around 1.
-        summed: operands whose last dim is summed over so.
+        casts: autocast may change the dtype of its result.
+        opened: Inductor gets the op's expression in place of the op, on any device.
+        opened_on_cpu: the same, on a CPU only.
+        widened: operands that the expression casts to float32 in a kernel of their own.
+        weights: operands whose products with others are summed. `verify` draws them so that the sums are around 1.
+        summed: operands whose last dim is summed over in this way.
         indexes: operand of integers -> the operand whose rows they name.
     """
 
@@ -71,7 +72,7 @@ class Op:
 
     @cached_property
     def several(self) -> bool:
-        """Whether it has more than one result, which are then read by `getitem`."""
+        """Whether it has more than one result. Then `getitem` reads them."""
         return len(self.target._schema.returns) > 1
 
     @cached_property
@@ -83,11 +84,11 @@ class Op:
 
     @cached_property
     def stores(self) -> bool:
-        """Whether it is told the dtype of what it stores."""
+        """Whether it has an argument for the dtype that it stores."""
         return any(each.name == "dtype" for each in self.arguments)
 
     def __reduce__(self) -> tuple:
-        """Overloads do not pickle; their names do."""
+        """Pickle the name of the overload: overloads themselves cannot be pickled."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return _op_again, (values.pop("target").name(), values)
 

@@ -1,4 +1,4 @@
-"""What a rule is: a core formula, the stages that it grows over, and the op that takes their place."""
+"""What a rule is: a core formula, the stages by which it grows, and the op that takes their place."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class Stage:
     """A neighbour that the same op can compute as well.
 
     Attributes:
-        name: as reports, the option `rules` and `fusionpass rules` have it.
-        formula: what it computes, as `name = expression`, in functions of torch and torch.nn.functional: a program that it
-            takes in, when a rule's formula stands around it. A core's result is `out`.
-        needs: what it asks of its surroundings, for people.
+        name: its name in reports, in the option `rules` and in `fusionpass rules`.
+        formula: what it computes, as `name = expression`, in functions of torch and torch.nn.functional. The stage
+            takes this program in if a rule's formula stands around it. The name of a core's result is `out`.
+        needs: what must hold around it, in words for people.
         codes: refusal code -> what it means.
-        grow: given a site, the larger one (see `Site.grown`), or why the stage stays outside.
-        saves: microseconds that the op saves Inductor by it, for a site that has the stage; told whether Inductor tunes.
-        of: names of the rules that it grows from; needed only where it is given to the option `rules` by itself.
-        version: raise it when what the op computes changes and the modules of the functions given here do not: PyTorch's
-            caches then take what they hold for stale.
+        grow: takes a site and returns the larger one (see `Site.grown`), or why the stage stays outside.
+        saves: microseconds that the stage saves Inductor, for a site that has the stage. It is told whether Inductor tunes.
+        of: names of the rules that it grows from. Needed only if the stage is given to the option `rules` by itself.
+        version: raise it if the op's result changes and the modules of the functions given here do not. PyTorch's
+            caches then treat their old entries as stale.
     """
 
     name: str
@@ -59,32 +59,32 @@ class Stage:
 
 
 def other_bits(site: Site) -> Refusal | None:
-    """For rules whose op rounds otherwise than the nodes do, whatever the operands."""
-    return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is: the op rounds otherwise", site.anchor)
+    """For rules whose op rounds differently from the nodes, for any operands."""
+    return Refusal("numerics-eager", "numerics 'eager' keeps {} as it is: the op rounds differently", site.anchor)
 
 
 def same_bits(site: Site) -> Refusal | None:
-    """For rules whose op gives the bits that the nodes give."""
+    """For rules whose op gives the same bits as the nodes."""
     return None
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A core formula, and what one op may take over around it.
+    """A core formula, and the neighbours that one op may compute with it.
 
     Attributes:
-        name, needs, codes, saves, version: as a `Stage` has them.
-        formula: what it computes, as an expression: a program that it rewrites.
+        name, needs, codes, saves, version: as in a `Stage`.
+        formula: what it computes, as an expression. The rule rewrites this program.
         op: what a site becomes, unless a stage gives it another op.
         anchors: the operations at which a reading begins: words of `fusionpass.graph.vocabulary`, in-place forms with
-            a trailing underscore, or torch's own names of others ("silu").
+            a trailing underscore, or torch's own names of other operations ("silu").
         find: all ways to read such a node as the formula, best first, each with what stands in the way (None: nothing). A
-            reading that is no site at all and only worth a word is None with its refusal.
-        guards: questions about a reading, in this order; the first refusal is the one reported. `fusionpass.rules.GUARDS`
-            are those that any rule needs.
-        bits: asked where the option `numerics` is "eager": why the op would give other bits than the nodes.
-        stages: in the order in which they are tried.
-        absent: what a report says where the graph has no reading at all.
+            reading that is no site but should be reported is None with its refusal.
+        guards: questions about a reading, in this order. The first refusal is reported. `fusionpass.rules.GUARDS` are those
+            that any rule needs.
+        bits: asked if the option `numerics` is "eager": why the op would give other bits than the nodes.
+        stages: its stages, in the order in which they are tried.
+        absent: what a report says if the graph has no reading at all.
     """
 
     name: str
@@ -119,12 +119,12 @@ class Rule:
 
     @cached_property
     def has_other_words(self) -> bool:
-        """Whether a reading begins at operations that the vocabulary has no word for."""
+        """Whether a reading may begin at operations for which the vocabulary has no word."""
         return not self.begins_at <= OPERATIONS
 
 
 def _as_tuples(value: Rule | Stage, *names: str) -> None:
-    """Rules are compared and hashed: torch.compile guards on the options that hold them."""
+    """Make lists tuples: rules are compared and hashed, since torch.compile guards on the options that hold them."""
     for name in names:
         given = getattr(value, name)
         object.__setattr__(value, name, (given,) if isinstance(given, str) else tuple(given))

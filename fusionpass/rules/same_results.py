@@ -1,7 +1,8 @@
 """The op in place of the nodes must give results of the same shape, dtype, device and strides, in memory of its own.
 
-Later nodes may depend on any of these: `.view` raises on other strides, Inductor asserts them. Asked of the op's own fake
-kernel, not assumed; of our own ops the answer is known unasked where every operand is contiguous (a fake call takes 0.2 ms).
+Later nodes may depend on any of these: `.view` raises on other strides, Inductor asserts them. So the op's own fake
+kernel is asked. Our own ops are not asked if every operand is contiguous, because the answer is known (a fake call
+takes 0.2 ms).
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from fusionpass.rules.site import Operand, Site
 
 
 def same_result(site: Site) -> Refusal | None:
-    """None when the op gives what the nodes give, as far as a tensor's metadata goes."""
+    """None if the op's results have the same metadata as those of the nodes."""
     wanted = [tensor_of(result) for result in site.results]
     if site.op.contiguous:
         core = (reshaped(tensor_of(operand.value), site.shapes.get(name)) for name, operand in site.core.items())
         if all(map(known_contiguous, core)) and all(map(known_contiguous, wanted)):
             return None
     if any(isinstance(operand.value, str) for operand in site.operands.values()):
-        return None  # a parameter of a module, for which nothing is recorded; the core has been asked without it
+        return None  # a parameter of a module, for which nothing is recorded; the core was checked without it
     for given, total in zip(_given(site), wanted, strict=False):
         if not same_sizes(given.shape, total.shape) or given.dtype != total.dtype or given.device != total.device:
             return Refusal("result", "the op would give {}, eager gives {}", given, total)
@@ -47,9 +48,10 @@ def reshaped(tensor: Tensor, shape: Sequence[Any] | None) -> Tensor:
 
 
 def _given(site: Site) -> Sequence[Tensor]:
-    """What the op makes of tensors laid out as those recorded, whichever kind these are: it runs on fakes of one mode.
+    """The op's results for tensors with the recorded layouts. The op runs on fakes of one mode.
 
-    A tracer may have recorded real tensors, ones of the meta device, or fakes of a mode each, as make_fx's mode "real" does.
+    A tracer may have recorded real tensors, tensors of the meta device, or fakes that each have a mode of their own, as
+    make_fx's mode "real" does.
     """
     operands = {
         name: reshaped(tensor_of(operand.value), site.shapes.get(name)) for name, operand in site.operands.items()
@@ -76,7 +78,7 @@ def as_fake(tensor: Tensor, mode: Any) -> Tensor:
 
 
 def fake_mode_for(tensors: Iterable[Tensor | None]) -> Any:
-    """A new mode that knows the symbols among the tensors' sizes."""
+    """A new mode that knows the symbols in the tensors' sizes."""
     sizes = (size for tensor in tensors if tensor is not None for size in (*tensor.shape, *tensor.stride()))
     symbol = next((size for size in sizes if isinstance(size, torch.SymInt)), None)
     return FakeTensorMode(shape_env=None if symbol is None else symbol.node.shape_env)

@@ -1,4 +1,4 @@
-"""The values that travel through the pass: an operand, and a site on its way."""
+"""The values that go through the pass: an operand, and a site as it grows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Operand(NamedTuple):
 
     Attributes:
         value: a node, or the attribute path of a parameter for which the graph has no node (`gate.weight` of an nn.Linear).
-        read: the first node that reads it today: the op may read it elsewhere only if nothing writes it in between.
-        said: its name in sentences, where that is not the argument's name.
+        read: the first node that reads it today. The op may read it elsewhere only if nothing writes it in between.
+        said: its name in sentences, if that is not the argument's name.
     """
 
     value: Node | str
@@ -32,25 +32,25 @@ class Operand(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Site:
-    """One place in a graph that one op may take over. A rule finds it, stages make larger ones of it by `grown`.
+    """One place in a graph that one op may take over. A rule finds it. Stages make larger sites of it by `grown`.
 
-    A site never changes: a step that fails leaves what was there before it.
+    A site never changes. If a step fails, the site from before the step is still there.
 
     Attributes:
         anchor: the node at which the reading began. It computes the core formula's result, and names the site.
         operands: argument of the op -> what it reads. A stage that computes an operand inside the op replaces it.
-        parts: the nodes that the op takes the place of, those of the core or of a stage together, in data-flow order.
-        core: the operands of the core formula as they were found, those included that are now computed inside.
-        shapes: operand -> the shape in which the formula sees it, for those that it sees through views.
+        parts: the nodes that the op replaces, in data-flow order. Those of the core, or of one stage, stand together.
+        core: the operands of the core formula as they were found, also those that the op now computes itself.
+        shapes: operand -> the shape that the formula sees, for operands that it sees through views.
         numbers: argument of the op -> its value, for those that are no tensors (top_k, eps, ...); and the option `numerics`.
-        results: the nodes whose values the op computes, in the order of its results; an op may have more results.
-        at: where the op goes: by then all operands are there, and may be read.
-        overwrites: the operand in whose memory the core's result lands, as in `a += b`.
-        in_place: part -> the value in whose memory the part's result lands.
-        written_back: the operand that gets a copy of the first result, as `residual += sum` asks for.
+        results: the nodes whose values the op computes, in the order of its results. An op may have more results.
+        at: where the op goes. There all operands have been computed and may be read.
+        overwrites: the operand whose memory gets the core's result, as in `a += b`.
+        in_place: part -> the value whose memory gets the part's result.
+        written_back: the operand that gets a copy of the first result, as in `residual += sum`.
         stages: names of the rule and the stages that joined, in data-flow order.
         stopped: stages that did not join, and why.
-        op: what it becomes; the engine sets that of the rule, and a stage may set another.
+        op: what it becomes. The engine sets the rule's op, and a stage may set another.
     """
 
     anchor: Node
@@ -74,7 +74,7 @@ class Site:
         self.at = self.at or self.anchor
 
     def changed(self: Grown, **changes: Any) -> Grown:
-        """The site with other values for some attributes; `dataclasses.replace` takes several times as long."""
+        """The site with other values for some attributes. (`dataclasses.replace` takes several times as long.)"""
         new = object.__new__(type(self))
         new.__dict__ |= self.__dict__
         new.__dict__ |= changes
@@ -86,12 +86,12 @@ class Site:
         return self.results[0]
 
     def node(self, name: str) -> Node | None:
-        """The node that an argument of the op reads; None for a path, or where the op reads none."""
+        """The node that an argument of the op reads; None if it reads a path or nothing."""
         operand = self.operands.get(name)
         return operand.value if operand is not None and isinstance(operand.value, Node) else None
 
     def seen(self, name: str) -> tuple | torch.Size:
-        """The shape in which the core formula sees its operand."""
+        """The shape that the core formula sees of its operand."""
         return self.shapes[name] if name in self.shapes else tensor_of(self.core[name].value).shape
 
     def grown(
@@ -105,13 +105,13 @@ class Site:
         numbers: Mapping[str, Any] | None = None,
         **changes: Any,
     ) -> Grown:
-        """The site with one stage more.
+        """The site with one more stage.
 
         Args:
-            before, after: the stage's nodes, in front of the site's own ones or behind them.
-            operands, numbers: what the op reads for it, by argument.
+            before, after: the stage's nodes, before or after the site's own nodes.
+            operands, numbers: what the op reads for the stage, by argument.
             without: operands that the op now computes itself.
-            changes: other attributes, as they are from now on.
+            changes: new values of other attributes.
         """
         before, after, gone = list(before), list(after), set(without)
         stages = [stage, *self.stages] if before else [*self.stages, stage]

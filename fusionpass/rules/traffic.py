@@ -1,9 +1,9 @@
 """Kernels and bytes of a site, before and after: what eager, or Inductor, launches and moves, counted from shapes.
 
-In eager each arithmetic node is one kernel that reads its tensor operands once and writes its result once; views and casts
-that return their input cost nothing. Inductor makes one kernel of all that are not matrix products, but for two kinds of
-reductions, over the terms of a weighted sum and over a row, which share none. A library's matrix product counts as one.
-Caches are not modelled, so the bytes are upper bounds for small tensors.
+In eager each arithmetic node is one kernel. It reads its tensor operands once and writes its result once. Views, and casts
+that return their input, cost nothing. Inductor makes one kernel of all nodes that are not matrix products. But a
+reduction over the terms of a weighted sum and a reduction over a row do not share a kernel. A library's matrix product
+counts as one kernel. Caches are not modelled, so for small tensors the bytes are upper bounds.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from fusionpass.operators.implementations import interpreted
 from fusionpass.rules.site import Site
 
 ROWWISE = ("mean", "rms_norm")  # operations that reduce each row of the result
-UNROLLED = 8  # Inductor writes out a sum of fewer terms, which is then no reduction
+UNROLLED = 8  # Inductor writes out a sum of fewer terms, so that it is no reduction
 
 
 def counted_against(inner: object) -> str:
-    """Whose kernels a site's are held against: those of an inner compiler that fuses, else eager's."""
+    """Whose kernels a site is compared with: those of an inner compiler that fuses, else eager's."""
     return "inductor" if inner == "inductor" else "eager"
 
 
 def unfused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[int, int | None]:
-    """Kernels that the site's nodes are without the pass, and bytes that those move; None when a size has no known value.
+    """How many kernels the site's nodes are without the pass, and how many bytes these move (None if a size is not known).
 
     tuned: Inductor tunes by coordinate descent.
     """
     if counted_against(inner) == "eager":
         return kernels_and_bytes(site.parts, words)
     between = _between(site, words, tuned)
-    moved = [fused_bytes(site, words), *(bytes_of(tensor_of(node)) for node in between * 2)]  # each written, and read
+    moved = [fused_bytes(site, words), *(bytes_of(tensor_of(node)) for node in between * 2)]  # each is written and read
     return 1 + len(between), None if None in moved else sum(moved)
 
 
 def fused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[int, int | None]:
-    """The same of what takes their place: one kernel, but on a CPU under Inductor, which is given the plain expression."""
+    """The same for what takes their place: one kernel, except on a CPU under Inductor, which gets the plain expression."""
     opened = (site.op.opened or site.op.opened_on_cpu) and _on_cpu(site) and not interpreted()
     if counted_against(inner) == "eager" or not opened:
         moved = fused_bytes(site, words)
         if site.written_back is None:
             return 1, moved
-        copied = bytes_of(tensor_of(site.end))  # the sum, read once more and written into the residual
+        copied = bytes_of(tensor_of(site.end))  # the sum is read once more and written into the residual
         return 2, None if None in (moved, copied) else moved + 2 * copied
     kernels, moved = unfused(site, words, inner, tuned)
     operands = [site.operands[name].value for name in site.op.widened if name in site.operands]
@@ -57,7 +57,7 @@ def fused(site: Site, words: Vocabulary, inner: object, tuned: bool) -> tuple[in
 
 
 def kept(nodes: list[Node], words: Vocabulary, inner: object) -> tuple[int, int | None]:
-    """The same of nodes that stay for other readers."""
+    """The same for nodes that stay because of other readers."""
     kernels, moved = kernels_and_bytes(nodes, words)
     if counted_against(inner) == "inductor":
         launching = [node for node in nodes if _launches(node, words)]
@@ -67,11 +67,11 @@ def kept(nodes: list[Node], words: Vocabulary, inner: object) -> tuple[int, int 
 
 
 def _between(site: Site, words: Vocabulary, tuned: bool) -> list[Node]:
-    """What one of Inductor's kernels writes for the next: a matrix product's result, and a sum's before a norm reads it.
+    """What one of Inductor's kernels writes for the next: the result of a matrix product, and a sum that a norm reads.
 
-    Tuned by coordinate descent, the product of the gate becomes a reduction over a row, as the norm is, unless it adds a
-    bias; and an einsum, on a CPU always, one over its terms. On a CPU a reduction's loops nest in those of what reads it, if
-    that goes over the row once more.
+    If Inductor tunes by coordinate descent, the product of the gate becomes a reduction over a row, like the norm, unless it
+    adds a bias. An einsum then becomes a reduction over its terms; on a CPU it always does. On a CPU a reduction's
+    loops nest in the loops of its reader, if the reader goes over the row once more.
     """
     on_cpu = _on_cpu(site)
     products = [node for node in site.parts if _is_product(node, words)]
@@ -104,7 +104,7 @@ def _is_product(node: Node, words: Vocabulary) -> bool:
 
 
 def kernels_and_bytes(nodes: list[Node], words: Vocabulary) -> tuple[int, int | None]:
-    """How many kernels the nodes launch in eager and how many bytes those move; None when a size has no known value."""
+    """How many kernels the nodes launch in eager, and how many bytes these move (None if a size is not known)."""
     kernels, total = 0, 0
     for node in nodes:
         if not _launches(node, words):
@@ -136,7 +136,7 @@ def fused_bytes(site: Site, words: Vocabulary) -> int | None:
 
 
 def bytes_of(tensor: torch.Tensor | None) -> int | None:
-    """Size of a fake tensor in bytes, 0 for anything else; a symbolic size counts as the value it was traced with."""
+    """Size of a fake tensor in bytes, 0 for anything else. A symbolic size counts as the value at the tracing."""
     if tensor is None:
         return 0
     total = tensor.element_size()

@@ -1,8 +1,8 @@
 """Translation validation: the op and the nodes it replaces, run side by side on random inputs (option `verify`).
 
-A matcher's mistake shows as another value. What the nodes read is drawn anew, with the shapes, dtypes and strides that the
-tracer recorded: from a normal distribution, from one so narrow that a norm's eps tells, and with infinities, nan and zeros
-among it. The results may differ by rounding alone.
+A mistake of the matcher shows as another value. The inputs of the nodes are random, with the shapes, dtypes and strides that
+the tracer recorded. They come from a normal distribution, from one so narrow that a norm's eps matters, and from one with
+infinities, nan and zeros among the values. The results may differ only by rounding.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ log = logging.getLogger(__name__)
 SEED = 0
 RARE = (math.nan, math.inf, -math.inf, 0.0, -0.0)
 SIGMAS = 4
-_KINDS = ("cpu", "cuda")  # of devices that autocast knows
-SMALL = 2.0**-9  # its square is in the order of eps, 1e-6 to 1e-5
+_KINDS = ("cpu", "cuda")  # the kinds of devices that have autocast
+SMALL = 2.0**-9  # its square has the order of eps, 1e-6 to 1e-5
 
 
 def validate(gm: GraphModule, site: Site, new: Inserted) -> bool:
-    """Compare the site's nodes with the op that stands in front of them.
+    """Compare the site's nodes with the op that stands before them.
 
     Returns:
-        Whether they were compared; where they can't be, a warning in the log says why.
+        Whether they were compared. If they cannot be, a warning in the log says why.
 
     Raises:
         VerificationFailed: they differ in dtype, shape, strides, or by more than `allowed`.
     """
     old, found = site.results, list(new.results)
-    # What the site computes itself is computed on both sides: in a + s * s, b is the sigmoid.
+    # A value that the site computes itself is computed on both sides: in a + s * s, b is the sigmoid.
     operands = [node.args[0] if node in new.views else node for node in new.op.all_input_nodes]
     operands = [node for node in operands if node not in site.parts]
     inside, leaves = _region(old, operands)
@@ -54,8 +54,8 @@ def validate(gm: GraphModule, site: Site, new: Inserted) -> bool:
     after = _extracted(gm, [new.op, *[node for node in found if node is not new.op]], leaves, found)
     with unset_fake_temporarily(), torch.no_grad(), ExitStack() as traced:
         exact = site.numbers["numerics"] == "eager" and not interpreted()  # the interpreter's exp is numpy's
-        way = "option 'rules', or give up the pass for this model"
-        generator = torch.Generator().manual_seed(SEED)  # of our own: the user's random numbers stay theirs
+        way = "option 'rules', or do not use the pass for this model"
+        generator = torch.Generator().manual_seed(SEED)  # our own, so the user's random stream does not change
         shown = [node for node in inside if tensor_of(node) is not None]
         probe = _extracted(gm, inside, leaves, shown)
         drawn = [_drawn(node, site, generator, 1.0, False) for node in leaves]
@@ -80,10 +80,10 @@ def _not_compared(site: Site, reason: str) -> bool:
 
 
 def _as_traced(run: Callable[[], Sequence[Tensor]], shown: Sequence[Node], traced: ExitStack) -> bool:
-    """Enter the autocast state in which the nodes give the dtypes that were recorded; False when there is none.
+    """Enter the autocast state in which the nodes give the recorded dtypes; False if there is none.
 
-    That is the state that the graph itself switches to before the nodes, or the caller's own; a graph whose casts are nodes
-    has none, whatever the caller's is.
+    This is the state to which the graph itself switches before the nodes, or else the caller's own. If the casts of a
+    graph are nodes, it runs without autocast, whatever the caller's state is.
     """
     recorded = [tensor_of(node).dtype for node in shown]
     for states in (_autocast_of(shown[-1]), [torch.autocast(kind, enabled=False) for kind in _KINDS]):
@@ -118,7 +118,7 @@ def _named(site: Site) -> str:
 
 
 def _region(results: Sequence[Node], operands: Sequence[Node]) -> tuple[list[Node], list[Node]]:
-    """The nodes between the op's operands and the results, in graph order, and what these read from elsewhere."""
+    """The nodes between the op's operands and the results, in graph order, and the nodes that they read from elsewhere."""
     stop = {node for node in operands if node.op != "get_attr" or tensor_of(node) is not None}
     inside: set[Node] = set()
     leaves: dict[Node, None] = dict.fromkeys(node for node in operands if node in stop)
@@ -139,7 +139,7 @@ def _region(results: Sequence[Node], operands: Sequence[Node]) -> tuple[list[Nod
 
 
 def _extracted(gm: GraphModule, nodes: Sequence[Node], leaves: Sequence[Node], results: Sequence[Node]) -> GraphModule:
-    """A function from the leaves' values to the results', which shares the modules of `gm`."""
+    """A function that computes the results from the values of the leaves. It shares the modules of `gm`."""
     graph = Graph()
     copies = {leaf: graph.placeholder(f"leaf_{i}") for i, leaf in enumerate(leaves)}
 
@@ -155,20 +155,20 @@ def _extracted(gm: GraphModule, nodes: Sequence[Node], leaves: Sequence[Node], r
 
 
 def _size_of(tensor: Tensor) -> list[int] | None:
-    """The shape in numbers; None when some size or stride has none."""
+    """The shape in numbers; None if some size or stride is not known."""
     sizes = [_number(size) for size in (*tensor.shape, *tensor.stride())]
     return None if None in sizes else sizes[: tensor.dim()]
 
 
 def _number(size: Any) -> Any:
-    """A symbolic number as the one it was traced with; None when there is none."""
+    """The value that a symbolic number had at the tracing; None if it had none."""
     if isinstance(size, int | float | bool):
         return size
     return size.node.hint if size.node.has_hint() else None
 
 
 def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare: bool) -> Any:
-    """A value for what the region reads, laid out as the recorded one is; weights are drawn so that sums are around 1."""
+    """A random value for an input of the region, with the recorded layout. Weights are drawn so that sums are around 1."""
     recorded = value_of(node)
     if not isinstance(recorded, Tensor):
         return _number(recorded) if isinstance(recorded, torch.SymInt | torch.SymFloat | torch.SymBool) else recorded
@@ -191,13 +191,13 @@ def _drawn(node: Node, site: Site, generator: torch.Generator, size: float, rare
 
 
 def _rows(site: Site) -> int:
-    """How many rows an index may name: those of the operands that the op gathers from, at least one."""
+    """How many rows an index may name: the rows of the operands that the op gathers from, at least one."""
     gathered = [site.node(source) for index, source in site.op.indexes.items() if index in site.operands]
     return max([1, *(math.prod(_size_of(tensor_of(node))[:-1]) for node in gathered if node is not None)])
 
 
 def _copied(value: Any) -> Any:
-    """Memory of its own, laid out the same, for a side that may write into it."""
+    """A copy with the same layout, for a side that may write into it."""
     if not isinstance(value, Tensor):
         return value
     storage = value.untyped_storage().clone()
@@ -207,10 +207,10 @@ def _copied(value: Any) -> Any:
 def _allowed(site: Site, dtype: torch.dtype) -> float:
     """How far two ways to compute the site may lie apart, in units of the largest number of a row.
 
-    Each node rounds by at most half of epsilon, and each term of the weighted sum; many roundings add up as a random walk
-    does. The projection sums its products in float32, in an order of its own.
+    Each node, and each term of the weighted sum, rounds by at most half of epsilon. Many roundings add up like a random
+    walk. The projection sums its products in float32, in an order of its own.
     """
-    recorded = (tensor_of(part) for part in site.parts)  # which may be narrower than the result, or wider
+    recorded = (tensor_of(part) for part in site.parts)  # a part may be narrower than the result, or wider
     dtypes = {dtype, *(value.dtype for value in recorded if value is not None and value.is_floating_point())}
     coarsest = max(torch.finfo(each).eps for each in dtypes)
     terms = len(site.parts) + site.numbers.get("top_k", 0)
@@ -220,7 +220,7 @@ def _allowed(site: Site, dtype: torch.dtype) -> float:
 
 
 def _difference(got: Tensor, want: Tensor, allowed: float, size: float) -> str | None:
-    """How the op's result differs from the nodes' by more than rounding, for inputs around `size`."""
+    """How the op's result differs from the nodes' by more than rounding, for inputs of about `size`."""
     if (got.dtype, got.shape) != (want.dtype, want.shape):
         return f"is {got.dtype}{list(got.shape)}, the nodes give {want.dtype}{list(want.shape)}"
     if not same_strides(got, want):

@@ -40,8 +40,8 @@ class WeightedSum:
     parts: list[Node]  # its nodes, in the order of the data flow
 
     def operands(self) -> dict[str, Operand]:
-        """What the op reads, each where the nodes read it: y and the weights where they are multiplied or gathered, the
-        inverse where it gathers."""
+        """What the op reads, each with the node that reads it now: for y and the weights the product or the gather, for the
+        inverse the gather."""
         found = {"a": Operand(self.y, self._reader(self.y), "y"), "topk_weights": self._where_read(self.weights)}
         if self.inverse is not None:
             found["inverse"] = Operand(self.inverse, self._reader(self.inverse))
@@ -53,7 +53,7 @@ class WeightedSum:
         return next(part for part in self.parts if node in part.all_input_nodes)
 
     def _where_read(self, bare: Node) -> Operand:
-        """Where the bare weights, or mask, are read: a reshape between them and the product may be a copy."""
+        """Where the bare weights, or the mask, are read. A reshape between them and the product may be a copy."""
         for part in self.parts:
             for operand in part.all_input_nodes:
                 chain = [part]
@@ -66,7 +66,7 @@ class WeightedSum:
 
 
 class Rows(NamedTuple):
-    """The experts' outputs as they wrote them, and the nodes that lead from there to the reader, as data flows."""
+    """The outputs as the experts wrote them, and the nodes from there to the reader, in data-flow order."""
 
     y: Node
     nodes: list[Node]
@@ -75,7 +75,7 @@ class Rows(NamedTuple):
 
 
 def weighted_sum(value: Node, words: Vocabulary) -> WeightedSum | Refusal:
-    """How the value is such a sum; or why it is none."""
+    """The value, read as such a sum; or why it is none."""
     total, after = common.behind(value, casts=True)
     einsum = _einsum(total, words)
     if einsum is not None:
@@ -89,7 +89,7 @@ def weighted_sum(value: Node, words: Vocabulary) -> WeightedSum | Refusal:
         other = Refusal("not-a-finalize", "a comes from {}", describe(total, words))
         return other if meaning is None or meaning.oddity is None else meaning.oddity
     if source.dim() < 3 or not words.reduces(total, source.dim() - 2, keepdim=False):
-        return Refusal("not-a-finalize", "{} sums other dims than the last but one of {}", total, shape_text(source))
+        return Refusal("not-a-finalize", "{} does not sum over the last dim but one of {}", total, shape_text(source))
     top_k = source.shape[-2]
     node, between = common.behind(meaning.operands[0])
     gather = gather_of(node)
@@ -106,7 +106,7 @@ def weighted_sum(value: Node, words: Vocabulary) -> WeightedSum | Refusal:
             inverse = rows.inverse if gather is None else gather[1]
             parts = [*rows.nodes, node, *between, total, *after]
             return WeightedSum(rows.y, _bare(weights), top_k, inverse, gather is not None, rows.masked, parts)
-    return Refusal("not-a-finalize", "{} multiplies by something else than one weight per row", node)
+    return Refusal("not-a-finalize", "{} does not multiply by one weight per row", node)
 
 
 def _rows(y: Node, reader: Node, words: Vocabulary, *, gathered: bool = False) -> Rows:
@@ -128,7 +128,8 @@ def _rows(y: Node, reader: Node, words: Vocabulary, *, gathered: bool = False) -
 
 
 def _unmasked(y: Node, reader: Node, words: Vocabulary) -> tuple[Node, Node | None, list[Node]]:
-    """y before its masked rows were filled with zeros, which the op does, the mask of the rows, and the node that fills."""
+    """y before its masked rows were filled with zeros, the mask of the rows, and the nodes that fill. (The op fills
+    them too.)"""
     source, mask, value = words.plain(y, "masked_fill") or (None, None, None)
     if type(value) not in (int, float) or value != 0 or readers(y) != [reader] or not _one_per_row(mask, y):
         return y, None, []
@@ -140,7 +141,7 @@ def _unmasked(y: Node, reader: Node, words: Vocabulary) -> tuple[Node, Node | No
 
 
 def _narrow(y: Node, reader: Node) -> tuple[Node, list[Node]]:
-    """y before it was widened to float32, which is exact and which the op does by itself, and the nodes from there on."""
+    """y before it was widened to float32, and the nodes from there on. Widening is exact, and the op does it by itself."""
     cast, views = common.behind(y)
     chain = [cast, *views]
     private = all(readers(part) == [after] for part, after in zip(chain, [*views, reader], strict=True))
@@ -159,7 +160,7 @@ def _one_per_row(weights: object, y: object) -> bool:
 
 
 def _bare(weights: Node) -> Node:
-    """The weights without the views that made a column of them: the op reads them in row-major order anyway."""
+    """The weights without the views that made a column of them. The op reads them in row-major order anyway."""
     while is_reshape(weights) and isinstance(weights.args[0], Node):
         before = tensor_of(weights.args[0])
         if before is None or before.dtype != tensor_of(weights).dtype:
@@ -169,7 +170,7 @@ def _bare(weights: Node) -> Node:
 
 
 def _einsum(node: Node, words: Vocabulary) -> tuple[Node, Node] | None:
-    """(weights, y) of `einsum("tk,tkh->th", weights, y)`, whatever its letters and the order of the two."""
+    """(weights, y) of `einsum("tk,tkh->th", weights, y)`, for any letters and either order of the two."""
     found = words.einsum(node)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Resolve the command line's TARGET: a Hugging Face model type, folder or hub id; Python code; a `.pt2` archive."""
+"""Resolve the TARGET of the command line: a Hugging Face model type, folder or hub id; Python code; a `.pt2` archive."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def resolve(
     input_specs: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Target:
-    """The model, function or exported program that `target` names, with the inputs of one call.
+    """The model, function or exported program that `target` names, with inputs for one call.
 
     Args:
         target: a Hugging Face model type, a folder with a `config.json`, a hub id, `file.py:name`,
@@ -39,12 +39,12 @@ def resolve(
         batch: sequences of a Hugging Face model; None means 1.
         experts: transformers' `experts_implementation`, such as "batched_mm"; None means the model's default.
         dtype: "bf16", "fp16" or "fp32"; None means bf16 for a Hugging Face model, and no cast for Python code.
-        device: None means meta for a Hugging Face model, and where things are for Python code.
+        device: None means meta for a Hugging Face model. For Python code, None moves nothing.
         input_specs: `dtype[sizes]` of each input of Python code.
         trust_remote_code: run the model code that comes with a folder or hub repository.
 
     Raises:
-        TargetError: one sentence with the input and the next step.
+        TargetError: one sentence that repeats the input and says the next step.
     """
     if dtype is not None and dtype not in DTYPES:
         raise TargetError(f"dtype is {dtype!r}: allowed are {', '.join(DTYPES)}")
@@ -103,7 +103,7 @@ def _kind(target: str) -> str:
 
 
 def _refuse(target: str, what: str, given: dict[str, object]) -> None:
-    """Reject options that would be silently without effect on this kind of target."""
+    """Reject options that have no effect on this kind of target."""
     for option, value in given.items():
         if value is not None:
             raise TargetError(f"{option} has no effect on {target!r}, {what}: leave {option} out")

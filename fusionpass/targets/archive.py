@@ -20,8 +20,8 @@ def from_archive(path: str) -> Target:
         )
     try:
         program = torch.export.load(path)
-    except Exception as error:  # a broken zip, a missing member, bad JSON: torch raises a type of its own for each
-        why = first_line(error, 160).partition(" Please check the warnings")[0]  # which nobody has seen
+    except Exception as error:  # a broken zip, a missing member, bad JSON: torch raises another type for each
+        why = first_line(error, 160).partition(" Please check the warnings")[0]  # the command does not show these
         raise TargetError(
             f"{path!r} could not be read by torch.export.load ({type(error).__name__}: {why}): "
             "write it again with torch.export.save"

@@ -1,4 +1,4 @@
-"""Adjust a transformers config before its model is built: fewer layers, no cache, sizes the class leaves open."""
+"""Adjust a transformers config before its model is built: fewer layers, no cache, sizes that the class leaves open."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LAYER_COUNTS = (
     "decoder_layers",
 )
 
-# Sizes without which a config class cannot build its own default model. Any consistent values do: they size the
-# attention that picks tokens, and the width of the shared expert.
+# Some config classes cannot build their own default model without these sizes. Any consistent values will do. They are
+# the sizes of the attention that picks tokens, and the width of the shared expert.
 COMPLETIONS = {
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
@@ -40,13 +40,13 @@ def parts(config: Any) -> Iterator[Any]:
 
 
 def text_part(config: Any) -> Any:
-    """The config of the text decoder: `config` itself unless it nests one."""
+    """The config of the text decoder: `config` itself, unless a config for it is nested inside."""
     nested = getattr(config, "text_config", None)
     return nested if nested is not None else config
 
 
 def complete(config: Any) -> tuple[str, ...]:
-    """Fill sizes the config class leaves open; returns a sentence for each config that needed it."""
+    """Fill in sizes that the config class leaves open. Returns a sentence for each config that needed this."""
     notes = []
     for part in parts(config):
         missing = {
@@ -65,8 +65,8 @@ def complete(config: Any) -> tuple[str, ...]:
 def cut_layers(config: Any, layers: int, target: str, hint: str = "") -> None:
     """Keep the first `layers` layers, and the first `layers` entries of every per-layer list.
 
-    The first layers keep the pattern of layer types. Lists are recognised by their length, so that `layer_types`,
-    `no_rope_layers`, `mlp_layer_types` and those to come are all cut.
+    So the layers that remain keep their layer types. A per-layer list is recognised by its length. In this way
+    `layer_types`, `no_rope_layers`, `mlp_layer_types` and future lists are all cut.
     """
     part = text_part(config)
     counts = {name: getattr(part, name) for name in LAYER_COUNTS if isinstance(getattr(part, name, None), int)}
@@ -80,17 +80,17 @@ def cut_layers(config: Any, layers: int, target: str, hint: str = "") -> None:
     for name, value in list(vars(part).items()):
         if isinstance(value, (list, tuple)) and len(value) == most:
             setattr(part, name, value[:layers])
-    if isinstance(getattr(part, "num_kv_shared_layers", None), int):  # the last layers, which read others' keys
+    if isinstance(getattr(part, "num_kv_shared_layers", None), int):  # the last layers, which read the keys of others
         part.num_kv_shared_layers = max(0, layers - (most - part.num_kv_shared_layers))
     for name, count in counts.items():
         try:
             setattr(part, name, min(count, layers))
-        except NotImplementedError:  # a sum of encoder and decoder layers, read only; those are cut themselves
+        except NotImplementedError:  # a read-only sum of encoder and decoder layers; these two are cut by themselves
             continue
 
 
 def without_cache(config: Any) -> None:
-    """One forward over a prompt: no key-value cache in the graph."""
+    """Make a call one forward over a prompt, without a key-value cache in the graph."""
     for part in parts(config):
         if hasattr(part, "use_cache"):
             part.use_cache = False

@@ -18,7 +18,7 @@ from fusionpass.targets.config import complete, cut_layers, text_part, without_c
 from fusionpass.targets.memory import ensure_countable, ensure_fits, ensure_room
 from fusionpass.targets.types import Target, TargetError, ensure_device, first_line
 
-# The first that knows the config builds it: a text decoder with its head, then models that take text among others.
+# The first class that knows the config builds the model: a text decoder with its head, then models that also take text.
 AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -27,9 +27,9 @@ AUTO_CLASSES = (
     "AutoModelForMaskedLM",
     "AutoModel",
 )
-# Text models whose forward takes the sum of embeddings that a model around them makes, and embeds no ids itself.
+# Text models that embed no ids. Their forward takes the sum of embeddings from a model around them.
 TAKES_EMBEDDINGS = ("qwen3_omni_moe_talker_text",)
-ALIKE = 0.8  # of two names' letters, where one may be a slip of the other
+ALIKE = 0.8  # the share of common letters from which one name may be a typing error for another
 ALL_TYPES = "python -c 'from transformers import CONFIG_MAPPING; print(*CONFIG_MAPPING)'"
 
 
@@ -47,8 +47,8 @@ def from_hugging_face(
 ) -> Target:
     """The model of a config, on `device`, with token ids as inputs.
 
-    On meta, the default, no weight is allocated, whatever the size. `kind` is "type", "folder" or "hub"; only a hub id,
-    or trusted code that a folder refers to, reaches the network.
+    On meta, the default, no weight is allocated, for any size. `kind` is "type", "folder" or "hub". Only a hub id, or
+    trusted code to which a folder refers, uses the network.
     """
     chosen = ensure_device(device)
     ensure_countable(tokens, batch)
@@ -77,7 +77,7 @@ def from_hugging_face(
 
 
 def _advice(config: Any, tokens: int) -> str:
-    """What to do where the model then fails: more tokens than a table of positions holds."""
+    """What to do if the model fails later because there are more tokens than its table of positions holds."""
     most = getattr(text_part(config), "max_position_embeddings", None)
     if not isinstance(most, int) or tokens <= most:
         return ""
@@ -100,7 +100,7 @@ def _transformers(target: str) -> Any:
 
 @contextmanager
 def _offline(active: bool) -> Iterator[None]:
-    """No request to the hub inside the block: some configs name a backbone that transformers would look up there."""
+    """No request to the hub inside the block. Some configs name a backbone, which transformers would look up there."""
     if not active:
         yield
         return
@@ -127,12 +127,12 @@ def _config(transformers: Any, target: str, kind: str, trust_remote_code: bool) 
             _ensure_known(transformers, content.get("model_type"), f"{words} {transformers.__version__}")
     try:
         return transformers.AutoConfig.from_pretrained(target, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the hub client, the JSON reader and the config class each raise types of their own
+    except Exception as error:  # the hub client, the JSON reader and the config class each raise other types
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise TargetError(f"{target!r} brings its own model code: add --trust-remote-code to run it") from error
         if kind == "hub":
             raise TargetError(
-                f"{target!r} is no folder here, and its config could not be had from the Hugging Face hub "
+                f"{target!r} is no folder here, and its config could not be loaded from the Hugging Face hub "
                 f"({first_line(error, 160)}): check the name and the network, or give a folder with its config.json"
             ) from error
         raise TargetError(
@@ -169,7 +169,7 @@ def _builder(transformers: Any, config: Any, target: str, trust_remote_code: boo
     """A function that builds the model in a dtype.
 
     Raises:
-        TargetError: no class takes the config, or the one that does has no forward, only parts that have.
+        TargetError: no class takes the config, or only the parts of the class have a forward.
     """
     auto_map = getattr(config, "auto_map", None) or {}
     for name in AUTO_CLASSES:
@@ -201,7 +201,7 @@ def _ensure_forward(transformers: Any, model_class: Any, config: Any, target: st
 
 
 def _class_for(transformers: Any, config: Any) -> type | None:
-    """The model class written for `config` that no auto class lists, such as the talker of Qwen3-Omni."""
+    """The model class for `config` if no auto class lists it, as for the talker of Qwen3-Omni."""
     module = type(config).__module__.replace(".configuration_", ".modeling_")
     try:
         modeling = importlib.import_module(module)
@@ -232,7 +232,7 @@ def _built(build: Callable[..., Any], target: str, dtype: torch.dtype, device: t
 def _attempt(build: Callable[[], Any], what: str, advice: str) -> Any:
     try:
         return build()
-    except Exception as error:  # model and config classes raise anything on sizes that do not go together
+    except Exception as error:  # model and config classes may raise anything if sizes do not fit together
         raise TargetError(
             f"{what} could not be built ({type(error).__name__}: {first_line(error)}): "
             f"{advice}; FUSIONPASS_TRACEBACK=1 shows the traceback"
@@ -248,7 +248,7 @@ def _ensure_known_experts(transformers: Any, experts: str) -> None:
 
 
 def _ensure_experts(model: torch.nn.Module, experts: str, target: str) -> None:
-    """Some part of the model computes its experts by transformers' functions of that name."""
+    """Make sure that some part of the model computes its experts by transformers' functions of that name."""
     asked = (getattr(module, "_can_set_experts_implementation", None) for module in model.modules())
     if not any(ask is not None and ask() for ask in asked):
         raise TargetError(
@@ -258,7 +258,7 @@ def _ensure_experts(model: torch.nn.Module, experts: str, target: str) -> None:
 
 
 def _inputs(model: Any, tokens: int, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Token ids, low ones, since the ids of image and audio placeholders are high; or embeddings in their place."""
+    """Token ids, or embeddings in their place. The ids are low, because those of image and audio placeholders are high."""
     if getattr(model.config, "model_type", "") in TAKES_EMBEDDINGS:
         size = (batch, tokens, model.config.hidden_size)
         return {"inputs_embeds": torch.zeros(size, dtype=model.dtype, device=device)}

@@ -1,4 +1,4 @@
-"""Inputs of a target: `--input "bf16[64,2048]"`, and the `example_inputs` beside it."""
+"""Inputs of a target: from `--input "bf16[64,2048]"`, or from `example_inputs` beside the target."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {
     "int32": torch.int32,
     "bool": torch.bool,
 }
-MOST_DIGITS = 30  # of a size that is read
+MOST_DIGITS = 30  # how many digits of a size are read
 _SPEC = re.compile(r"\s*(\w+)\s*\[\s*((?:\d+\s*(?:,\s*\d+\s*)*)?)\]\s*")
 
 
@@ -42,7 +42,7 @@ def from_spec(spec: str, device: torch.device) -> torch.Tensor:
     if name not in DTYPES:
         raise TargetError(f"--input {spec!r} has the unknown dtype {name!r}: use one of {', '.join(DTYPES)}")
     words = [word.strip() for word in found[2].split(",") if word.strip()]
-    sizes = [int(word[:MOST_DIGITS]) for word in words]  # a longer number is too large by its first digits alone
+    sizes = [int(word[:MOST_DIGITS]) for word in words]  # the first digits of a longer number are too large already
     dtype = DTYPES[name]
     made = torch.float32 if dtype.is_floating_point and device.type != "meta" else dtype
     needed = max(bytes_needed(sizes, made), bytes_needed(sizes, dtype))
@@ -76,7 +76,8 @@ def _short(spec: str) -> str:
 
 
 def as_call(given: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example_inputs` as (args, kwargs): a tuple or list gives args, a mapping named ones, a tensor one argument."""
+    """`example_inputs` as (args, kwargs). A tuple or list gives args, a mapping gives kwargs, a tensor gives one
+    argument."""
     if callable(given) and not isinstance(given, torch.Tensor):
         try:
             given = given()
@@ -96,7 +97,7 @@ def as_call(given: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    """`value` with its tensors on `device`, floating ones in `dtype`; None leaves that as it is."""
+    """`value` with its tensors on `device`, and floating ones in `dtype`. None changes nothing."""
     if isinstance(value, torch.Tensor):
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -1,4 +1,4 @@
-"""What fits in memory, asked before a machine is driven into swap."""
+"""What fits in memory? Asked before a machine starts to swap."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ MOST_BYTES = 2**63 - 1  # torch counts a tensor's bytes in 64 bits
 
 
 def bytes_needed(sizes: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a tensor, a Python integer, which does not overflow. A size above 64 bits counts though another is 0."""
+    """Bytes of a tensor, as a Python integer, which does not overflow. A size above 64 bits counts even if another is 0."""
     return max(math.prod(sizes) * dtype.itemsize, *sizes, 0)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on the device; None where nobody says."""
+    """Bytes that are free on the device; None if this is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:  # no Linux: nothing is refused
+    except OSError:  # not Linux: nothing is refused
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
 
 
 def obstacle(needed: int, device: torch.device) -> str:
-    """Why so many bytes cannot be had on the device, as "it would take 8 GB and 4 GB are free on cpu"; "" when they can."""
+    """Why the device cannot give so many bytes, as "it would take 8 GB and 4 GB are free on cpu"; "" if it can."""
     if needed > MOST_BYTES:
         return "a tensor has at most 2^63 bytes"
     free = free_memory(device)
@@ -46,7 +46,7 @@ def obstacle(needed: int, device: torch.device) -> str:
 
 
 def ensure_countable(tokens: int, batch: int) -> None:
-    """Refuse sizes that no call has, before anything is built."""
+    """Refuse sizes that are too large for any call, before anything is built."""
     if batch * tokens > MOST_TOKENS:
         raise TargetError(
             f"--batch {batch} --tokens {tokens} makes {batch * tokens:,} tokens, and a call has at most "
@@ -55,7 +55,7 @@ def ensure_countable(tokens: int, batch: int) -> None:
 
 
 def ensure_room(config: Any, tokens: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse a call beyond the memory that is free. Ids, one hidden state and the logits are the least that it takes."""
+    """Refuse a call that needs more than the free memory. It takes at least the ids, one hidden state and the logits."""
     if device.type == "meta":
         return
     part = text_part(config)
@@ -72,7 +72,7 @@ def ensure_room(config: Any, tokens: int, batch: int, dtype: torch.dtype, device
 
 
 def ensure_fits(on_meta: torch.nn.Module, device: torch.device) -> None:
-    """Refuse weights beyond the memory that is free, before the machine is driven into swap."""
+    """Refuse weights that need more than the free memory, before the machine starts to swap."""
     needed = sum(value.nbytes for value in (*on_meta.parameters(), *on_meta.buffers()))
     free = free_memory(device)
     if free is not None and needed > free:

@@ -27,8 +27,8 @@ def from_python(
     Args:
         target: `file.py:name` or `package.module:name`.
         input_specs: `dtype[sizes]` of each positional input, in the place of `example_inputs`.
-        device: where module and inputs are moved; None leaves them there, and makes specs on the module's device.
-        dtype: what floating parameters and inputs are cast to; None leaves them as they are.
+        device: the device to which module and inputs are moved. None moves nothing, and makes specs on the module's device.
+        dtype: the dtype to which floating parameters and inputs are cast. None leaves them as they are.
     """
     place, _, name = target.rpartition(":")
     if not place or not name:
@@ -81,7 +81,7 @@ def _load_module(place: str) -> types.ModuleType:
 
 
 def _guarded(run: Callable[[], Any], what: str) -> Any:
-    """`run()`, with whatever the user's code raises told in one line."""
+    """Call `run()`. If the user's code raises anything, the error is told in one line."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -106,7 +106,7 @@ def _lookup(module: types.ModuleType, name: str, target: str) -> Any:
 
 
 def _callable_of(found: Any, target: str) -> Callable[..., Any]:
-    """The module or function to capture: an instance or function as it is; a class, or a factory, called."""
+    """The module or function to capture. An instance or function is taken as it is; a class or a factory is called."""
     if isinstance(found, torch.nn.Module):
         return found
     if inspect.isclass(found):
@@ -129,7 +129,7 @@ def _callable_of(found: Any, target: str) -> Callable[..., Any]:
 
 
 def _required(found: Callable[..., Any]) -> list[str]:
-    """Names of the parameters without a default; of a builtin that does not tell, one placeholder."""
+    """Names of the parameters without a default. For a builtin without a signature: one placeholder."""
     try:
         parameters = inspect.signature(found).parameters.values()
     except (TypeError, ValueError):

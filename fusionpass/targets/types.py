@@ -1,4 +1,4 @@
-"""What a target on the command line resolves to, and the one-sentence error when it does not."""
+"""What a target on the command line resolves to, and the one-sentence error if it does not resolve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TORCH = os.path.dirname(torch.__file__)
 
 
 class TargetError(ValueError):
-    """The target cannot be used; the message restates the input and says the next step, in one line."""
+    """The target cannot be used. The message repeats the input and says the next step, in one line."""
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Target:
         kwargs: keyword inputs of the call.
         program: the exported program of a `.pt2` archive, else None.
         notes: what the user should know about how it was built, one sentence each.
-        advice: what to try first should the capture fail, "" for nothing.
+        advice: what to try first if the capture fails; "" for nothing.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Target:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """What has to hold while the target is captured: no gradients, and on meta a size for `nonzero`.
+        """The settings while the target is captured: no gradients, and on meta a size for `nonzero`.
 
-        A meta tensor has no values to count, so `nonzero` on it raises unless torch may assume that all are nonzero.
+        A meta tensor has no values to count. So `nonzero` raises on it, unless torch may assume that all are nonzero.
         """
         from torch.fx.experimental import _config
 
@@ -67,7 +67,8 @@ class Target:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """The first line of an error's text that says something, cut to `most` characters; with those that a colon leads to."""
+    """The first line of an error's text that says something, cut to `most` characters. If it ends with a colon, the
+    next lines are added."""
     asked = asked_for(error)
     if asked:
         return asked
@@ -77,7 +78,7 @@ def first_line(error: BaseException, most: int = 300) -> str:
 
 
 def asked_for(error: BaseException) -> str:
-    """What an error of too little memory says, in plain words; "" for any other."""
+    """An error about too little memory in plain words; "" for any other error."""
     found = _TOO_MUCH.search(str(error))
     if found is not None:
         return f"there is no memory for a tensor of {int(found[1]) / 1e9:,.0f} GB"
@@ -91,8 +92,8 @@ def _cut(text: str, most: int) -> str:
 def one_line(error: BaseException, most: int = 320) -> str:
     """Type, first line and place of an error of the capture, in one line.
 
-    Dynamo's own errors have a title as their first line; what happened is in their explanation, and where it happened
-    at the end of the user's frames.
+    The first line of Dynamo's own errors is a title. Their explanation says what happened. The end of the user's frames says
+    where.
     """
     text = str(error)
     explained = _EXPLANATION.search(text)
@@ -109,7 +110,7 @@ def one_line(error: BaseException, most: int = 320) -> str:
 
 
 def ensure_device(device: str) -> torch.device:
-    """`device` as torch's, once a machine has it."""
+    """`device` as torch's type, if this machine has the device."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -127,10 +128,10 @@ def ensure_device(device: str) -> torch.device:
 
 
 def _ensure_linked(device: str, chosen: torch.device) -> None:
-    """A tensor can be made there: torch knows the names of more devices than it is built for."""
+    """Make sure that a tensor can be made there. torch knows the names of more devices than it is built for."""
     try:
         torch.empty(0, device=chosen)
-    except Exception as error:  # each missing device raises a type of its own
+    except Exception as error:  # each missing device raises another type
         why = first_line(error, 160).partition(". ")[0]
         raise TargetError(
             f"device {device!r} was asked for, and torch makes no tensor there ({why}): use --device meta or cpu"

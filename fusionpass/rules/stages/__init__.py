@@ -1,1 +1,1 @@
-"""What a core match grows over: one file per stage, each with its `STAGE`. A rule lists its stages, in order."""
+"""The stages by which a core match grows: one file per stage, each with its `STAGE`. A rule lists its stages, in order."""

@@ -1,4 +1,4 @@
-"""What the stages around the combine ask alike: may the op be built here, and may these reads move to that node?"""
+"""Questions that several stages ask: may the op be built here, and may these reads move to that node?"""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fusionpass.kernels.contract import DTYPES, MOST_COLUMNS, listed
 from fusionpass.rules.replacement import Op
 from fusionpass.rules.site import Site
 
-# Operands of our ops with the result's own rows. The routing weights and the norm's take no part in its dtype.
+# Operands of our ops with the same rows as the result. The routing weights and the norm's weight do not affect its dtype.
 ROWS = ("b", "residual", "a", "gate")
-# What the op computes, with one operand or number for each stage; whatever the rule and whichever stages have joined.
+# The op for any rule and any stages that have joined: each stage has an operand or a number of its own.
 MOE_COMBINE = Op(
     torch.ops.fusionpass.moe_combine.default,
     results=("sum", "normed sum"),
@@ -35,13 +35,13 @@ CODES = {
     "numerics-eager": "bit-for-bit numerics keep the neighbours as they are",
     "needs-grad": "gradients are recorded, and the op has no backward for the stage",
     "gate-columns": "the gate is not one value per row",
-    "hidden-size": "the number of columns is no fixed number within the limit",
+    "hidden-size": "the number of columns is not fixed, or not within the limit",
     "no-metadata": "the tracer recorded no tensor for an operand",
-    "shape": "an operand does not have the shape that the formula needs, or it is not known to",
+    "shape": "an operand does not have the shape that the formula needs, or is not known to have it",
     "dtype": "an operand or a result has a dtype that the op does not take or give",
     "subclass": "an operand is a tensor subclass or not strided",
     "device": "an operand lives on another device",
-    "stride": "eager lays the result out in memory otherwise than the op does",
+    "stride": "eager's result has another layout in memory than the op's",
     "state-change-between": "grad mode, autocast or the stream changes between the old reads and the op",
     "mutation-between": "an operand is overwritten between the old read and the op",
     "metadata-mutation": "an operand's shape or strides are changed in place",
@@ -77,18 +77,19 @@ def combinable(site: Site) -> Refusal | None:
 
 
 def hidden_size(site: Site) -> Refusal | None:
-    """A program computes a whole row, whose number of columns the kernel is compiled for."""
+    """A program computes a whole row, and the kernel is compiled for its number of columns."""
     total = tensor_of(site.anchor)
     columns = fixed(total.shape[-1])
     if columns is None:
-        return Refusal("hidden-size", "a has {} columns, which no trace fixes", total.shape[-1])
+        return Refusal("hidden-size", "a has {} columns, which is not a fixed number", total.shape[-1])
     if not 1 <= columns <= MOST_COLUMNS:
         return Refusal("hidden-size", "a has {} columns: allowed are 1 to {}", columns, MOST_COLUMNS)
     return None
 
 
 def behind(node: Node, *, casts: bool = False) -> tuple[Node, list[Node]]:
-    """The node before the reshapes, and with `casts` the casts from float32, that end in `node`; and what comes after it."""
+    """The node before the reshapes that end in `node`, and the nodes after it. With `casts`, casts from float32 count
+    too."""
     after: list[Node] = []
     while (is_reshape(node) or (casts and is_cast(node))) and node.args and isinstance(node.args[0], Node):
         value, viewed = tensor_of(node.args[0]), tensor_of(node)
@@ -102,7 +103,7 @@ def behind(node: Node, *, casts: bool = False) -> tuple[Node, list[Node]]:
 
 
 def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
-    """Every part may be read inside the stage, or by `reader`, only."""
+    """Every part may be read only inside the stage or by `reader`."""
     inside = {*parts, reader}
     for part in parts:
         for other in readers(part):
@@ -112,8 +113,8 @@ def read_once(parts: Sequence[Node], reader: Node) -> Refusal | None:
 
 
 def kinds(total: Node, floats: Sequence, whole: Sequence = ()) -> Refusal | None:
-    """The (name, tensor) pairs must be plain and on the sum's device. The op computes in float32, so the `floats` may be of
-    any dtype that it takes; the `whole` ones are integers or bools, whose dtype the stage has asked for itself."""
+    """The (name, tensor) pairs must be plain and on the sum's device. The op computes in float32, so the `floats` may have
+    any dtype that it takes. The `whole` ones are integers or bools; the stage has checked their dtype itself."""
     device = tensor_of(total).device
     for group, dtypes in ((floats, DTYPES), (whole, None)):
         for name, tensor in group:
@@ -135,7 +136,7 @@ def kinds(total: Node, floats: Sequence, whole: Sequence = ()) -> Refusal | None
 
 
 def narrowed(total: Node) -> Node | None:
-    """The one cast of a float32 sum to a 16-bit dtype, where there is just one."""
+    """The cast of a float32 sum to a 16-bit dtype, if there is exactly one."""
     if tensor_of(total).dtype is not torch.float32:
         return None
     casts = [reader for reader in readers(total) if is_cast(reader) and reader.args[:1] == (total,)]

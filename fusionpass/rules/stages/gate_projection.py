@@ -2,8 +2,8 @@
 
     a + sigmoid(linear(x, weight, bias)) * b  ->  gate_projected_add(x, weight, bias, a, b)
 
-The logit is one number per row of a and b, and whatever lies between the projection and the sigmoid may only rename its
-leading dimensions: rows keep their order.
+The logit is one number per row of a and b. The nodes between the projection and the sigmoid may only change the shape of its
+leading dimensions, so that rows keep their order.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def grow(site: GatedSite, words: Vocabulary, effects: Effects) -> GatedSite | Re
 
 
 def _behind_reshapes(gate: Node) -> tuple[Node, list[Node]]:
-    """The node that computes the logit, and the reshapes and no-op casts after it, as data flows."""
+    """The node that computes the logit, and the reshapes and no-op casts after it, in data-flow order."""
     node, views = gate, []
     while (is_reshape(node) or is_cast(node)) and node.args and isinstance(node.args[0], Node):
         before, after = tensor_of(node.args[0]), tensor_of(node)
@@ -123,7 +123,7 @@ def _shapes(site: GatedSite, found: Projection, words: Vocabulary) -> Refusal | 
     for tensor in (x, weight) if bias is None else (x, weight, bias):
         if type(tensor) not in PLAIN_TYPES or tensor.layout is not torch.strided:
             return Refusal("subclass", "{} of layout {} feeds {}", type(tensor).__name__, tensor.layout, logit)
-        # Autocast's linear takes float32 and gives a narrower logit; the op, which runs under it too, casts as it does.
+        # Autocast's linear takes float32 and gives a narrower logit. The op runs under autocast too, and casts the same way.
         if tensor.dtype not in (gate.dtype, torch.float32):
             return Refusal("dtype", "{} feeds {}, which is {}", dtype_text(tensor.dtype), logit, dtype_text(gate.dtype))
         if tensor.device != a.device:
@@ -136,7 +136,7 @@ STAGE = Stage(
     formula="gate = linear(x, weight, bias)",
     needs=(
         "linear, mm, matmul, mv or addmm with one output column",
-        "nothing but views that keep the rows' order between it and the sigmoid",
+        "only views that keep the rows' order between it and the sigmoid",
         "x, weight, bias in the dtype of the logit, or float32 under autocast, unwritten until the sum",
         "numerics 'fp32': in 'eager' the projection's own reduction order stays",
     ),
@@ -145,7 +145,7 @@ STAGE = Stage(
         "not-a-projection": "the gate logit is computed by something else",
         "gate-used-elsewhere": "the logit or the sigmoid has other readers, so the projection must stay",
         "gate-columns": "the projection has more than one column, or the gate is not one value per row",
-        "numerics-eager": "bit-for-bit numerics keep the projection a linear of its own",
+        "numerics-eager": "with bit-for-bit numerics the projection stays a linear of its own",
         "dtype": "x, weight or bias has another dtype than the logit, and autocast would not cast it",
         "subclass": "x, weight or bias is a tensor subclass or not strided",
         "device": "x, weight or bias lives on another device",
@@ -154,7 +154,7 @@ STAGE = Stage(
         "mutation-between": "x, weight or bias is overwritten between the projection and the sum",
         "metadata-mutation": "the shape of x, weight or bias is changed in place",
         "result": "the op's result would differ from the sum in shape, dtype or device",
-        "stride": "the op would lay the result out in memory otherwise than eager does",
+        "stride": "the op's result would have another layout in memory than eager's",
         "scaled": "alpha or beta other than 1",
         "odd-call": "the call has arguments the formula does not have",
         "out-argument": "the projection writes into a given tensor",

@@ -1,7 +1,7 @@
 """out = residual + sum: the add that follows the formula, through views that keep the rows' order, either way round.
 
-h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, all else the cast
-residual += sum                                                 what the op gives is copied into the residual's memory
+h = sum.float() + residual.float(); residual = h.to(dtype)      serving engines: the next norm reads h, others the cast
+residual += sum                                                 the op's result is copied into the residual's memory
 residual + sum * residual_multiplier                            a number, granitemoe; `/ 2`, cohere2_moe
 """
 

@@ -42,7 +42,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     if isinstance(norm, Refusal):
         return norm
     if narrow is not None and not set(readers(end)) <= {narrow, *norm.parts}:
-        narrow = None  # others read the wide sum, so that is what the op gives
+        narrow = None  # others read the wide sum, so the op gives the wide one
     refusal = _checked(site, norm, tensor_of(narrow or end), words, effects)
     if refusal is not None:
         return refusal
@@ -58,7 +58,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
 
 
 def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, effects: Effects) -> Refusal | None:
-    """Why the norm of the sum, which the op gives as `total`, cannot be computed with it."""
+    """Why the op cannot compute the norm together with the sum, which it gives as `total`."""
     refusal = None
     result, weight = tensor_of(norm.result), words.tensor(norm.weight)
     if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
@@ -75,14 +75,14 @@ def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, eff
         return Refusal("late-operand", "{} comes after {}", norm.weight, site.at)
     end = site.end
     refusal = refusal or movable([("the sum", Operand(end, end))], end, norm.result, effects, norm.parts)
-    # The weight's read moves to the sum, from after it or, where a cast of the weight was made early, from before it.
+    # The weight's read moves to the sum: from after it or, if a cast of the weight was made early, from before it.
     first, last = sorted((norm.weight_read, site.at), key=effects.position.__getitem__)
     reads = [] if norm.weight is None else [("the norm's weight", Operand(norm.weight, first))]
     return refusal or movable(reads, first, last, effects)
 
 
 def _writes_into(node: object, written: Node | None, words: Vocabulary) -> bool:
-    """Whether the node writes its result into the `written` tensor, or into any for None."""
+    """Whether the node writes its result into the `written` tensor, or into any tensor if that is None."""
     meaning = words.meaning(node)
     return meaning is not None and meaning.in_place and written in (None, meaning.operands[0])
 
