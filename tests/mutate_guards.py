@@ -45,7 +45,7 @@ TESTS += (
 NOT = "ops ops_gradients ops_public ops_tracers ops_layouts ops_numerics ops_launches ops_gpu".split()
 NOT += "ops_backward ops_backward_opcheck ops_backward_logit ops_backward_autograd".split()
 NOT += "bench bench_measuring bench_results bench_model cli cli_refusals cli_progress".split()
-NOT += "packaging examples hugging_face models scaling fuzz".split()
+NOT += "packaging examples hugging_face models scaling fuzz contributing".split()
 NOT += (
     "inductor ahead_of_time compiles targets no_formula render readme wrong_input caches tracers naming traffic".split()
 )
