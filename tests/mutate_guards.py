@@ -5,7 +5,7 @@
     python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
     python tests/mutate_guards.py --list            their places alone
 
-Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
+First the tests must pass without any change. Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
 """
 
 import argparse
@@ -229,6 +229,10 @@ def main() -> int:
     if given.list:
         print("\n".join(one.place for one in chosen))
         return 0
+    unchanged = Mutant("pyproject.toml", 0, "", "", (ROOT / "pyproject.toml").read_text(), range(0))
+    if failed := killed_by(unchanged):
+        print(f"without any change {failed}: no mutant can be judged")
+        return 2
     survivors = []
 
     def judge(one: Mutant) -> None:
