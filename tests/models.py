@@ -64,7 +64,9 @@ def _causal(config, dtype, experts, layers):
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=experts)
 
 
-def build(name: str, *, dtype: torch.dtype = torch.float32, experts: str = "grouped_mm", seed: int = 0, layers: int = 2):
+def build(
+    name: str, *, dtype: torch.dtype = torch.float32, experts: str = "grouped_mm", seed: int = 0, layers: int = 2
+):
     """The model in eval mode, and one call's keyword arguments. Of one layer: the one whose attention is no recurrence."""
     torch.manual_seed(seed)
     model = FAMILIES[name](dtype, experts, layers).eval()

@@ -5,7 +5,7 @@
     python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
     python tests/mutate_guards.py --list            their places alone
 
-Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
+First the tests must pass without any change. Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
 """
 
 import argparse
@@ -45,7 +45,7 @@ TESTS += (
 NOT = "ops ops_gradients ops_public ops_tracers ops_layouts ops_numerics ops_launches ops_gpu".split()
 NOT += "ops_backward ops_backward_opcheck ops_backward_logit ops_backward_autograd".split()
 NOT += "bench bench_measuring bench_results bench_model cli cli_refusals cli_progress".split()
-NOT += "packaging examples hugging_face models scaling fuzz".split()
+NOT += "packaging examples hugging_face models scaling fuzz contributing".split()
 NOT += (
     "inductor ahead_of_time compiles targets no_formula render readme wrong_input caches tracers naming traffic".split()
 )
@@ -229,6 +229,10 @@ def main() -> int:
     if given.list:
         print("\n".join(one.place for one in chosen))
         return 0
+    unchanged = Mutant("pyproject.toml", 0, "", "", (ROOT / "pyproject.toml").read_text(), range(0))
+    if failed := killed_by(unchanged):
+        print(f"without any change {failed}: no mutant can be judged")
+        return 2
     survivors = []
 
     def judge(one: Mutant) -> None:

@@ -90,15 +90,23 @@ def test_bad_options_name_themselves(way, message):
 
 # An option of Inductor's, and what it is refused with.
 NOT_INDUCTORS = {
-    "mode beside another inner": ({"inner": "eager", "mode": "reduce-overhead"}, ValueError, "Inductor's, .*'eager'"),
+    "mode beside another inner": (
+        {"inner": "eager", "mode": "reduce-overhead"},
+        ValueError,
+        "for Inductor only, .*'eager'",
+    ),
     "settings beside another inner": (
         {"inductor": {"max_autotune": True}},
         ValueError,
-        "'max_autotune': True.*Inductor's",
+        "'max_autotune': True.*for Inductor only",
     ),
     "unknown mode": ({"inner": "inductor", "mode": "fast"}, ValueError, "mode is 'fast': allowed are"),
     "mode of another type": ({"inner": "inductor", "mode": 3}, TypeError, "option 'mode' is 3"),
-    "unknown setting": ({"inner": "inductor", "inductor": {"max_autotun": 1}}, ValueError, "near it are max_autotune"),
+    "unknown setting": (
+        {"inner": "inductor", "inductor": {"max_autotun": 1}},
+        ValueError,
+        "similar names are max_autotune",
+    ),
     "settings of another type": ({"inner": "inductor", "inductor": ["max_autotune"]}, TypeError, "it takes a dict"),
 }
 
