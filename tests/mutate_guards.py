@@ -5,7 +5,8 @@
     python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
     python tests/mutate_guards.py --list            their places alone
 
-First the tests must pass without any change. Prints one line per mutant and exits 1 when one survives. Not collected by pytest: it runs pytest itself, in copies.
+First the tests must pass without any change. Then it prints one line per mutant, and exits 1 when one survives. Not
+collected by pytest: it runs pytest itself, in copies.
 """
 
 import argparse

@@ -7,7 +7,7 @@ from combine_helpers import BF16, F32, F64, dtypes, expression, forgotten, indic
 from ops_helpers import DEVICE, ROUNDING, assert_no_worse, largest
 
 implementation = combine_helpers.implementation
-forgotten, nan_filled = forgotten, nan_filled  # noqa: PLW0127  fixtures
+forgotten, nan_filled = forgotten, nan_filled
 
 FORMS = {  # what is there besides the weighted sum
     "routed alone": {},
@@ -77,7 +77,9 @@ def test_the_truth_is_the_formula():
         torch.testing.assert_close(normed[t], row / (row.square().mean() + 0.125).sqrt() * n["norm_weight"])
 
 
-@pytest.mark.parametrize(("shape", "form"), [((2, 3, 40), "shared"), ((6, 40), "shared"), ((2, 3, 40), "residual, norm")])
+@pytest.mark.parametrize(
+    ("shape", "form"), [((2, 3, 40), "shared"), ((6, 40), "shared"), ((2, 3, 40), "residual, norm")]
+)
 def test_the_result_has_the_shape_of_what_is_added(implementation, shape, form):
     given = operands(rows=6, columns=40, **FORMS[form])
     name = "b" if form == "shared" else "residual"
@@ -90,7 +92,10 @@ def test_the_result_has_the_shape_of_what_is_added(implementation, shape, form):
 
 REFUSED = {
     "a gate without what it gates": ({"gate": (4, 1)}, "a gate is given without b"),
-    "both gates": ({"b": (4, 8), "gate": (4, 1), "x": (4, 6), "gate_weight": (1, 6)}, "either gate, or x and gate_weight"),
+    "both gates": (
+        {"b": (4, 8), "gate": (4, 1), "x": (4, 6), "gate_weight": (1, 6)},
+        "either gate, or x and gate_weight",
+    ),
     "rows that top_k does not divide": ({"a": (7, 8)}, "a is .7, 8., allowed: a number of rows that top_k, 2, divides"),
     "a weight without its eps": ({"post_norm_weight": (8,)}, "post_norm_weight is given without post_eps"),
     "a residual of other columns": ({"residual": (4, 7)}, "allowed: 7 columns as residual|elements for residual"),

@@ -1,4 +1,4 @@
-"""The rule `finalize`: the weighted top-k sum of a sparse layer without a gate, what it grows over, and its false friends."""
+"""The rule `finalize`: the weighted top-k sum of a layer without a gate, what it grows over, and its false friends."""
 
 import pytest
 import torch
@@ -95,9 +95,15 @@ REWRITTEN = {  # program -> stages
         with_residual(lambda x, w_r, y, i, s: routed(x, w_r, y, i) * 2.5 + s),
         [CORE, SHARED, ADDED, NORMED],
     ),
-    "a factor of both": (with_residual(lambda x, w_r, y, i, s: 0.22 * (routed(x, w_r, y, i) + s)), [CORE, SHARED, ADDED, NORMED]),
+    "a factor of both": (
+        with_residual(lambda x, w_r, y, i, s: 0.22 * (routed(x, w_r, y, i) + s)),
+        [CORE, SHARED, ADDED, NORMED],
+    ),
     "halved": (with_residual(lambda x, w_r, y, i, s: (routed(x, w_r, y, i) + s) / 2), [CORE, SHARED, ADDED, NORMED]),
-    "a factor and none shared": (with_residual(lambda x, w_r, y, i, s: routed(x, w_r, y, i) * 2), [CORE, ADDED, NORMED]),
+    "a factor and none shared": (
+        with_residual(lambda x, w_r, y, i, s: routed(x, w_r, y, i) * 2),
+        [CORE, ADDED, NORMED],
+    ),
     "float32 weights": (_float32_sum, [CORE, ADDED, NORMED]),
     "a float32 shared add": (_float32_shared, [CORE, SHARED, ADDED, NORMED]),
     "norms on either side": (_sandwich, [CORE, SHARED, POST, ADDED, NORMED]),
@@ -209,7 +215,8 @@ REFUSED = {  # program -> code of the miss
     "the product is read by others": (_weights_read_twice, "multi-use"),
     "too many terms": (
         lambda x, w_r, y, i, s, r, n, p: (
-            torch.cat([y] * 17)[torch.arange(T * 34, device=y.device)].view(T, 34, H) * torch.cat([y] * 17).view(T, -1)[:, :34, None]
+            torch.cat([y] * 17)[torch.arange(T * 34, device=y.device)].view(T, 34, H)
+            * torch.cat([y] * 17).view(T, -1)[:, :34, None]
         ).sum(1),
         "top-k",
     ),

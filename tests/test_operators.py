@@ -22,7 +22,7 @@ fusionpass::_gated_add_backward(Tensor dy, Tensor gate, Tensor b) -> (Tensor, Te
 fusionpass::gate_projected_add(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, *, ScalarType? dtype=None) -> Tensor
 fusionpass::_gate_projected_add_and_logit(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, *, ScalarType? dtype=None) -> (Tensor, Tensor)
 fusionpass::_gate_projected_add_backward(Tensor dy, Tensor? x, Tensor weight, Tensor logit, Tensor b, SymInt[] rows, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor)
-fusionpass::moe_combine(Tensor a, Tensor b, *, Tensor? gate=None, Tensor? x=None, Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? topk_weights=None, Tensor? inverse=None, Tensor? masked=None, Tensor? residual=None, Tensor? norm_weight=None, int top_k=0, bool permuted=False, float? eps=None, float offset=0., ScalarType? dtype=None) -> (Tensor, Tensor)
+fusionpass::moe_combine(Tensor a, Tensor? b=None, *, Tensor? gate=None, Tensor? x=None, Tensor? gate_weight=None, Tensor? gate_bias=None, Tensor? topk_weights=None, Tensor? inverse=None, Tensor? masked=None, Tensor? residual=None, Tensor? norm_weight=None, Tensor? post_norm_weight=None, int top_k=0, bool permuted=False, float? eps=None, float offset=0., ScalarType? dtype=None, float routed_scale=1., float scale=1., float? post_eps=None, float post_offset=0.) -> (Tensor, Tensor)
 """.strip().splitlines()  # fmt: skip  # noqa: E501
 
 
@@ -61,7 +61,9 @@ def test_ops_are_declared_in_their_own_modules_alone():
 
 # Names of kernels' arguments.
 
-NUMBERS = {name: 0 for name in moe_combine.moe_combine_kernel.arg_names[13:]}
+NUMBERS = {
+    name: 0 for name in moe_combine.moe_combine_kernel.arg_names[len(moe_combine.OPERANDS) + len(moe_combine.RESULTS) :]
+}
 POINTERS = (*moe_combine.OPERANDS, *moe_combine.RESULTS)
 
 

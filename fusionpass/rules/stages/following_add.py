@@ -30,13 +30,27 @@ CODES = common.CODES | {
 
 
 class Following(NamedTuple):
-    """The one reader of a sum, an add, behind what hands the sum's rows on."""
+    """The one reader of a sum, behind what hands the sum's rows on."""
 
-    sum: Node  # as the add reads it
-    add: Node
-    meaning: Meaning
+    sum: Node  # as the reader reads it
+    add: Node  # the reader, whatever it is
+    meaning: Meaning | None  # of the reader, if it is an addition
     scale: float  # a number that the rows are multiplied by on the way
     parts: list[Node]  # the nodes on the way
+
+    @property
+    def other(self) -> Node | None:
+        """The tensor that the reader adds to the sum; None if it does something else."""
+        if self.meaning is None:
+            return None
+        left, right = self.meaning.operands
+        other = right if left is self.sum else left
+        known = all(tensor_of(node) is not None for node in (self.add, self.sum, other))
+        return other if known and left is not right else None
+
+    def instead(self, words: Vocabulary) -> str:
+        """What the reader does, if it adds no other tensor."""
+        return f"{self.sum} goes to {describe(self.add, words)}"
 
 
 class Added(NamedTuple):
@@ -48,8 +62,7 @@ class Added(NamedTuple):
     parts: list[Node]  # that cast, the nodes on the way to the add, and the add
 
 
-def following_add(site: Site, words: Vocabulary, code: str) -> Following | Refusal:
-    """The add, or a refusal, with this code where it is something else."""
+def following_add(site: Site, words: Vocabulary) -> Following | Refusal:
     refusal = common.combinable(site)
     if refusal is not None:
         return refusal
@@ -68,18 +81,17 @@ def following_add(site: Site, words: Vocabulary, code: str) -> Following | Refus
         node = reader
     meaning = words.meaning(reader)
     if meaning is None or meaning.op != "add" or len(meaning.operands) != 2:
-        return Refusal(code, "{} goes to {}", site.end, describe(reader, words))
-    return meaning.oddity or Following(node, reader, meaning, scale, parts)
+        meaning = None
+    elif meaning.oddity is not None:
+        return meaning.oddity
+    return Following(node, reader, meaning, scale, parts)
 
 
-def added(site: Site, following: Following, effects: Effects, name: str, code: str) -> Added | Refusal:
+def added(site: Site, following: Following, effects: Effects, name: str) -> Added | Refusal:
     """What is added, if the op can add it: an operand of this name in sentences."""
     node, add, meaning, _, parts = following
-    left, right = meaning.operands
-    other = right if left is node else left
+    left, other = meaning.operands[0], following.other
     total, given, summed = tensor_of(add), tensor_of(other), tensor_of(node)
-    if left is right or given is None or total is None or summed is None:
-        return Refusal(code, "{} adds {}", add, other)
     if not (same_sizes(given.shape, total.shape) and same_sizes(summed.shape, total.shape)) or summed.dim() == 0:
         return Refusal("shape", "the {} is {}, the sum {}", name, shape_text(given), shape_text(summed))
     if not same_sizes(summed.shape[-1:], tensor_of(site.end).shape[-1:]):

@@ -18,12 +18,14 @@ from fusionpass.rules.stages import common, following_add
 
 def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     """The site with the add, or why it stays outside."""
-    following = following_add.following_add(site, words, "not-a-residual")
+    following = following_add.following_add(site, words)
     if isinstance(following, Refusal):
         return following
+    if following.other is None:
+        return Refusal("not-a-residual", "{}", following.instead(words))
     if any(other is not None and other.node("a") is following.sum for other, _ in find(words, following.add)):
         return Refusal("another-sum", "{} adds a gated product of its own to {}", following.add, following.sum)
-    added = following_add.added(site, following, effects, "residual", "not-a-residual")
+    added = following_add.added(site, following, effects, "residual")
     if isinstance(added, Refusal):
         return added
     return site.grown(

@@ -21,10 +21,12 @@ from fusionpass.rules.stages import common, following_add
 
 def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     """The site with the add, or why it stays outside."""
-    following = following_add.following_add(site, words, "not-a-shared-add")
+    following = following_add.following_add(site, words)
     if isinstance(following, Refusal):
         return following
-    added = following_add.added(site, following, effects, "shared expert", "not-a-shared-add")
+    if following.other is None:
+        return Refusal("not-a-shared-add", "{}", following.instead(words))
+    added = following_add.added(site, following, effects, "shared expert")
     if isinstance(added, Refusal):
         return added
     if not _read_once(added.other):
