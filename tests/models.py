@@ -83,3 +83,20 @@ FAMILIES: dict[str, Callable] = {
     "qwen3_next": lambda *given: _causal(qwen3_next(), *given),
     "qwen3_5_moe": lambda *given: _causal(qwen3_5_moe(), *given),
 }
+
+
+def tiny(model_type: str, sizes: dict, *, dtype: torch.dtype = torch.float32, experts: str | None = None):
+    """Any causal language model with these sizes beside the common ones, in eval mode, and one call's keyword arguments."""
+    try:
+        known = transformers.AutoConfig.for_model(model_type)
+    except ValueError:
+        pytest.skip(f"transformers {transformers.__version__} has no model type {model_type}")
+    config = type(known)(**(COMMON | MOE | sizes))
+    torch.manual_seed(0)
+    given = {} if experts is None else {"experts_implementation": experts}
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **given).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 1.0, std=0.3)
+    ids = torch.randint(3, VOCAB, (2, 9))
+    return model.to(DEVICE), {"input_ids": ids.to(DEVICE), "use_cache": False}
