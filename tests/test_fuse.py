@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from programs import DEVICE, operands
+from programs import DEVICE, NOTHING, operands
 
 import fusionpass
 
@@ -190,9 +190,7 @@ def test_zero_rewrites_warn_once(caplog, x):
     with caplog.at_level(logging.WARNING, logger="fusionpass"):
         fused(x)
         fused(x)
-    assert [r.getMessage() for r in caplog.records if r.name == "fusionpass"] == [
-        "0 rewritten in 1 graph: no sigmoid feeds a product that feeds an add"
-    ]
+    assert [r.getMessage() for r in caplog.records if r.name == "fusionpass"] == [NOTHING]
 
 
 def test_the_warning_names_the_reasons(caplog, x):

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from programs import DEVICE, assert_no_less_exact, operands
+from programs import DEVICE, NOTHING, assert_no_less_exact, operands
 from torch.utils.checkpoint import checkpoint
 
 import fusionpass
@@ -310,7 +310,7 @@ def test_a_warning_where_nothing_is_rewritten(caplog):
     """The formula beside the fused function does not speak for it."""
     with caplog.at_level(logging.WARNING, logger="fusionpass"):
         torch.compile(Stack(of_class(Siteless)).to(DEVICE), backend="eager")(inputs())
-    assert warnings_of(caplog) == ["0 rewritten in 1 graph: no sigmoid feeds a product that feeds an add"]
+    assert warnings_of(caplog) == [NOTHING]
 
 
 @pytest.mark.parametrize("strict", [True, False], ids=["strict export", "export"])
