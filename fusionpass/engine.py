@@ -165,7 +165,7 @@ class _OneGraph:
             tuned = self.whole.tuned
             joined = (stage for stage in rule.stages if stage.name in site.stages)
             saved = sum(each.saves(site, tuned) for each in (rule.rule, *joined))
-            refusal = left_to_inner(site, self.effects, self.options.inner, saved)
+            refusal = left_to_inner(site, self.effects, self.options.inner, saved, tuned)
         return site, refusal
 
     def grown(self, rule: Chosen, site: Site) -> Site:

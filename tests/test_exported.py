@@ -1,6 +1,7 @@
 """Rewritten exported programs: kept call signatures, `unflatten`, decompositions, saving, and training."""
 
 import io
+import re
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from programs import DEVICE, operands
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusionpass
+from fusionpass.entry.exported import Boundaries
+from fusionpass.rules import Op, Operand, Site
 
 S = torch.sigmoid
 
@@ -216,3 +219,43 @@ def test_in_training_other_tracers_say_the_same():
         (site,) = fusionpass.rewrite(given, inputs).report.rewrites
         assert "residual" not in site.stages
         assert {stop["stage"]: stop["code"] for stop in site.stopped}["residual"] == "needs-grad"
+
+
+IN, OUT, RETURNED = {"u"}, {"s", "n"}, {"u"}
+# where u, the sum s and its norm n lie, what goes into module m and comes out of it -> what is said, "" for nothing
+CROSSED = {
+    "the norm outside": ("", "m", "", (IN, OUT), "one lies inside module m, one outside"),
+    "the sum outside": ("", "", "m", (IN, OUT), "one lies inside module m, one outside"),
+    "an operand that does not go in": ("", "m", "m", (set(), OUT), "s lies in module m, .* and u does not go into"),
+    "an operand that goes in": ("", "m", "m", (IN, set()), ""),
+    "an operand that does not come out": (
+        "m",
+        "",
+        "",
+        (set(), set()),
+        "module m, .*, does not return u, which s needs",
+    ),
+    "an operand that comes out": ("m", "", "", (set(), RETURNED), ""),
+    "all outside": ("", "", "", (set(), set()), ""),
+}
+
+
+@pytest.mark.parametrize(("u_in", "s_in", "n_in", "signature", "said"), CROSSED.values(), ids=CROSSED)
+def test_what_crosses_a_kept_module(u_in, s_in, n_in, signature, said):
+    """By hand: where a node lies and what a module is given differ in no program of this file by so little."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    u = graph.create_node("call_function", torch.cos, (x,), name="u")
+    s = graph.create_node("call_function", torch.sin, (u,), name="s")
+    n = graph.create_node("call_function", torch.tan, (s,), name="n")
+    for node, path in ((u, u_in), (s, s_in), (n, n_in)):
+        node.meta["nn_module_stack"] = {path: (path, None)} if path else {}
+    op = Op(torch.ops.fusionpass.moe_combine.default)
+    site = Site(anchor=s, operands={"a": Operand(u, read=s)}, parts=[s, n], results=[s, n], op=op)
+    boundaries = object.__new__(Boundaries)
+    boundaries.modules, boundaries._handed_in = {"m": (signature[0], signature[1] - {"s", "n"})}, {"x"}
+    refusal = boundaries.crossed(site, {})
+    assert (refusal is None) == (said == "")
+    if said:
+        assert refusal.code == "kept-module"
+        assert re.search(said, refusal.reason)
