@@ -59,6 +59,8 @@ class Arguments(NamedTuple):
                 return given.shape
         if not self.top_k:
             return self.a.shape
+        if self.a.dim() > 2 and self.a.shape[-2] == self.top_k:  # [..., top_k, H]
+            return (*self.a.shape[:-2], self.a.shape[-1])
         return (prod(self.a.shape[:-1]) // self.top_k, self.a.shape[-1])
 
     @property

@@ -105,6 +105,16 @@ REWRITTEN = {  # program -> stages
         [CORE, ADDED, NORMED],
     ),
     "float32 weights": (_float32_sum, [CORE, ADDED, NORMED]),
+    "a sum of 4-d terms": (
+        lambda x, w_r, y, i, s, r, n, p: (y.view(2, 3, K, H) * router(x, w_r).view(2, 3, K, 1)).sum(-2),
+        [CORE],
+    ),
+    "4-d terms and a shared expert": (
+        lambda x, w_r, y, i, s, r, n, p: (
+            (y.view(2, 3, K, H) * router(x, w_r).view(2, 3, K, 1)).sum(-2) + s.tanh().view(2, 3, H)
+        ),
+        [CORE, SHARED],
+    ),
     "a float32 shared add": (_float32_shared, [CORE, SHARED, ADDED, NORMED]),
     "norms on either side": (_sandwich, [CORE, SHARED, POST, ADDED, NORMED]),
     "torch's norms on either side": (_sandwich_of_torch, [CORE, POST, ADDED, NORMED]),
@@ -173,6 +183,10 @@ def _after_a_layer(x, w_r, y, i, s, r, n, p):
 
 
 FRIENDS = {  # program -> sites
+    "rows of an embedding": (
+        lambda x, w_r, y, i, s, r, n, p: (torch.cat([y, y])[i].view(T, K, H) * x[:, :K, None]).sum(1),
+        0,
+    ),
     "a recurrence": (_recurrence, 0),
     "a recurrence behind a layer": (_after_a_layer, 1),
     "a plain sum": (lambda x, w_r, y, i, s, r, n, p: y.view(T, K, H).sum(1), 0),
@@ -212,11 +226,14 @@ def _written_before_the_add(x, w_r, y, i, s, r, n, p):
 
 
 REFUSED = {  # program -> code of the miss
+    "a float64 sum": (
+        lambda x, w_r, y, i, s, r, n, p: (y[i].view(T, K, H) * router(x, w_r)[..., None]).sum(1, dtype=torch.float64),
+        "dtype",
+    ),
     "the product is read by others": (_weights_read_twice, "multi-use"),
     "too many terms": (
         lambda x, w_r, y, i, s, r, n, p: (
-            torch.cat([y] * 17)[torch.arange(T * 34, device=y.device)].view(T, 34, H)
-            * torch.cat([y] * 17).view(T, -1)[:, :34, None]
+            torch.cat([y] * 17).view(T, 34, H) * torch.cat([x @ w_r] * 9, -1).topk(34, -1)[0][..., None]
         ).sum(1),
         "top-k",
     ),
@@ -244,6 +261,7 @@ def test_refused(program, code):
         (lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y, i) + r + norm(r, n), SHARED, "not-a-shared-add"),
         (lambda x, w_r, y, i, s, r, n, p: torch.add(routed(x, w_r, y, i), s, alpha=2), SHARED, "scaled"),
         (lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y, i) / 3 + s, SHARED, "not-a-shared-add"),
+        (lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y, i) * float("inf") + s, SHARED, "not-a-shared-add"),
         (lambda x, w_r, y, i, s, r, n, p: norm(routed(x, w_r, y, i), n), POST, "not-a-post-norm"),
         (lambda x, w_r, y, i, s, r, n, p: (o := routed(x, w_r, y, i), r + norm(o, p)), POST, "used-elsewhere"),
     ],

@@ -42,7 +42,8 @@ def find(words: Vocabulary, total: Node) -> Iterator[Reading]:
         return
     checked = fitted(found, total, total)
     if isinstance(checked, Refusal):
-        yield _site(found, total), checked
+        if _from_top_k(found.weights):  # else a weighted sum of rows from elsewhere, an embedding's say
+            yield _site(found, total), checked
         return
     wide = with_wide_weights(checked, total)
     if wide is not None:
@@ -107,6 +108,10 @@ def hidden_size(site: Site, effects: Effects) -> Refusal | None:
     return common.hidden_size(site)
 
 
+def known_dtype(site: Site, effects: Effects) -> Refusal | None:
+    return common.kinds(site.anchor, [("the sum", tensor_of(site.anchor))])
+
+
 RULE = Rule(
     name="finalize",
     formula="(weights[..., None] * y[inverse].view(*weights.shape, -1)).sum(-2)",
@@ -121,7 +126,7 @@ RULE = Rule(
     op=replace(common.MOE_COMBINE, contiguous=False),  # the shape of the sum is asked of the op: nothing else fixes it
     anchors=("sum", "einsum"),
     find=find,
-    guards=(*guards.GUARDS[:1], guards.device_has_kernels, hidden_size, *guards.GUARDS[1:]),
+    guards=(*guards.GUARDS[:1], guards.device_has_kernels, hidden_size, known_dtype, *guards.GUARDS[1:]),
     stages=(shared_add.STAGE, post_norm.STAGE, residual.STAGE, rms_norm.STAGE),
     saves=saved_finalize,
     absent="no weighted sum over the experts that a top-k chose",

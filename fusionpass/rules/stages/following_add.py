@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import frexp
+from math import frexp, isfinite
 from typing import NamedTuple
 
 import torch
@@ -144,7 +144,7 @@ def _factor(node: Node, reader: Node, words: Vocabulary) -> float | None:
     product = words.plain(reader, "mul")
     if product is not None and node in product:
         number = product[1] if product[0] is node else product[0]
-        return float(number) if type(number) in (int, float) else None
+        return float(number) if type(number) in (int, float) and isfinite(number) else None
     if (
         torch_name(reader) in ("truediv", "div")
         and len(reader.args) == 2
