@@ -77,11 +77,11 @@ def test_a_second_process_hits_and_reports_the_same(tmp_path):
 # file, text and its change: the kernel, or the expression that Inductor is given on a CPU
 CHANGE = {
     True: (
-        "moe_combine.py",
+        "moe_combine_kernel.py",
         "    y += sigmoid(logit, PRECISE, INTERPRETED)",
         "    y += 2 * sigmoid(logit, PRECISE, INTERPRETED)",
     ),
-    False: ("moe_combine_aten.py", "    total = routed + torch.sigmoid(", "    total = 2 * routed + torch.sigmoid("),
+    False: ("moe_combine_aten.py", "shared = torch.sigmoid(", "shared = 2 * torch.sigmoid("),
 }
 
 
