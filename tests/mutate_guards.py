@@ -4,6 +4,8 @@
     python tests/mutate_guards.py --only stages     those whose place (file, line, function, code) holds the text
     python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
     python tests/mutate_guards.py --list            their places alone
+    python tests/mutate_guards.py --hits /tmp/hits  asks only the tests that come to a mutant's line, which one run of the
+                                                    suite notes: the fastest way to judge all of them
 
 First the tests must pass without any change. Then it prints one line per mutant, and exits 1 when one survives. Not
 collected by pytest: it runs pytest itself, in copies.
@@ -67,7 +69,7 @@ OPTIONS += ("tests/test_spellings.py::test_every_code_is_documented",)
 
 
 NOT_JUDGED = "NOT JUDGED "
-FIRST = 7  # test files
+FIRST = 12  # tests
 
 
 class Mutant(NamedTuple):
@@ -83,6 +85,10 @@ class Mutant(NamedTuple):
     @property
     def place(self) -> str:
         return f"{self.path}:{self.line} {self.what}"
+
+    @property
+    def key(self) -> str:
+        return f"{self.path}:{self.line}"
 
 
 def mutants() -> Iterator[Mutant]:
@@ -186,18 +192,77 @@ def files_for(one: Mutant) -> list[str]:
     return [f"tests/test_{name}.py" for name in order if name in present]
 
 
-def killed_by(one: Mutant, quick: bool = False) -> str:
-    """The test that failed with this mutant, "" when none did."""
+def copied(copy: Path) -> None:
+    for name in ("fusionpass", "kernels", "tests", "examples"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, copy)
+
+
+def killed_by(one: Mutant, hits: dict[str, list[str]]) -> str:
+    """The test that failed with this mutant, "" when none did.
+
+    hits: what `--hits` has found, for the tests that come to the mutant's line at all.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in ("fusionpass", "kernels", "tests", "examples"):
-            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(ROOT / name, copy)
+        copied(copy)
         (copy / one.path).write_text(one.source)
-        files = files_for(one)
-        # Most mutants fall to the first files. To collect the others takes longer than these run.
-        return next((by for part in (files[:FIRST], files[FIRST:])[: 2 - quick] if (by := failed_of(part, copy))), "")
+        found = hits.get(one.key)
+        # Most mutants fall to the first tests. To collect the others takes longer than these run.
+        parts = (found[:FIRST], found[FIRST:]) if found else (files_for(one),)
+        return next((by for part in parts if part and (by := failed_of(part, copy))), "")
+
+
+HIT = """import os
+
+_seen = set()
+
+
+def hit(key):
+    here = key, os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+    if here[1] and here not in _seen:
+        _seen.add(here)
+        with open(f"{os.environ['FUSIONPASS_HITS']}.{os.getpid()}", "a") as stream:
+            print(*here, sep="\\t", file=stream)
+"""
+
+
+def note_hits(copy: Path, chosen: list[Mutant]) -> int:
+    """Run the whole suite on a copy in which each mutant's line notes the test that comes to it, in `copy/hits.*`."""
+    copied(copy)
+    (copy / "fusionpass" / "_hits.py").write_text(HIT)
+    for path in {one.path for one in chosen}:
+        lines = (copy / path).read_text().splitlines(keepends=True)
+        inside = {one.line: one.key for one in chosen if one.path == path and lines[one.line - 1].startswith(" ")}
+        for line in sorted(inside, reverse=True):
+            text = lines[line - 1]
+            lines.insert(line - 1, f"{text[: len(text) - len(text.lstrip())]}_hit({inside[line]!r})\n")
+        start = next(i for i, line in enumerate(lines) if line.startswith(("from ", "import ")))
+        start += lines[start].startswith("from __future__")
+        lines.insert(start, "from fusionpass._hits import hit as _hit\n")
+        (copy / path).write_text("".join(lines))
+    environment = {**os.environ, "FUSIONPASS_HITS": str(copy / "hits"), "PYTHONPATH": str(copy)}
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal"]
+    return subprocess.run(command, cwd=copy, env=environment).returncode
+
+
+def noted(copy: Path) -> dict[str, list[str]]:
+    """By mutant, the tests that come to its line, each file's first one in front."""
+    found: dict[str, dict[str, None]] = {}
+    for path in sorted(copy.glob("hits.*")):
+        for line in path.read_text().splitlines():
+            key, _, test = line.partition("\t")
+            found.setdefault(key, {})[test] = None
+    turns = {}
+    for key, tests in found.items():
+        by_file: dict[str, list[str]] = {}
+        for test in tests:
+            by_file.setdefault(test.partition("::")[0], []).append(test)
+        cheap = sorted(by_file, key=lambda file: file.removeprefix("tests/test_").removesuffix(".py") in NOT)
+        depth = max(map(len, by_file.values()))
+        turns[key] = [by_file[file][i] for i in range(depth) for file in cheap if i < len(by_file[file])]
+    return turns
 
 
 def failed_of(files: list[str], copy: Path) -> str:
@@ -233,7 +298,11 @@ def main() -> int:
         "--changed", nargs="?", const="HEAD", metavar="REVISION", help="mutants in changed functions"
     )
     arguments.add_argument(
-        "--quick", action="store_true", help="ask the likeliest tests alone: who survives may yet fall"
+        "--hits",
+        type=Path,
+        metavar="FOLDER",
+        help="run the suite on a copy that notes there which "
+        "tests come to a mutant's line, unless it has been; then ask these alone",
     )
     arguments.add_argument("--trust", action="store_true", help="do not first run the tests without any change")
     arguments.add_argument("--list", action="store_true", help="print the mutants' places and stop")
@@ -246,15 +315,21 @@ def main() -> int:
     if given.list:
         print("\n".join(one.place for one in chosen))
         return 0
+    hits: dict[str, list[str]] = {}
+    if given.hits is not None:
+        if not given.hits.exists() and note_hits(given.hits, list(mutants())):
+            print(f"without any change a test fails, see {given.hits}: no mutant can be judged")
+            return 2
+        hits = noted(given.hits)
     unchanged = Mutant("pyproject.toml", 0, "", "", (ROOT / "pyproject.toml").read_text(), range(0))
-    if not given.trust and (failed := killed_by(unchanged)):
+    if given.hits is None and not given.trust and (failed := killed_by(unchanged, {})):
         print(f"without any change {failed}: no mutant can be judged")
         return 2
     survivors = []
 
     def judge(one: Mutant) -> None:
         start = time.monotonic()
-        by = killed_by(one, given.quick)
+        by = killed_by(one, hits)
         if not by or by.startswith(NOT_JUDGED):
             survivors.append(one.place)
         print(f"{one.place}: {by or 'SURVIVED'} ({time.monotonic() - start:.0f} s)", flush=True)
