@@ -27,6 +27,7 @@ from fusionpass.rules import Chosen, chosen
 from fusionpass.rules.cost import left_to_inner
 from fusionpass.rules.replace import insert, take_over
 from fusionpass.rules.rule import Reading, Rule
+from fusionpass.rules.same_results import same_shape
 from fusionpass.rules.site import Site
 from fusionpass.rules.stages.common import narrowed
 from fusionpass.rules.traffic import counted_against, fused, kept, unfused
@@ -170,6 +171,7 @@ class _OneGraph:
 
     def grown(self, rule: Chosen, site: Site) -> Site:
         stopped: list[tuple[str, Refusal]] = []
+        before: list[Site] = []
         for stage in rule.stages:
             if stage.name in rule.left_out:
                 larger = Refusal("not-allowed", "option 'rules' leaves out {}", stage.name)
@@ -177,9 +179,15 @@ class _OneGraph:
                 larger = stage.grow(site, self.words, self.effects)
             refusal = self.whole.kept(self.gm, larger) if isinstance(larger, Site) else larger
             if refusal is None:
+                before.append(site)
                 site = larger
             else:
                 stopped.append((stage.name, refusal))
+        while before and (refusal := same_shape(site)) is not None:
+            smaller = before.pop()
+            (dropped,) = set(site.stages) - set(smaller.stages)
+            stopped.append((dropped, refusal))
+            site = smaller
         return self.narrowed(site).changed(stopped=stopped)
 
     def narrowed(self, site: Site) -> Site:

@@ -318,3 +318,103 @@ def test_inner_compilers(name, inner):
         got = fusionpass.fuse(program, inner=inner)(*layer())
         assert [site.stages for site in report.rewrites] == [stages]
         torch.testing.assert_close(got, program(*layer()))
+
+
+def _cast_written(x, w_r, y, i, s, r, n, p):
+    h = r.float()
+    h += routed(x, w_r, y, i).float()
+    return h
+
+
+def _shared_cast_written(x, w_r, y, i, s, r, n, p):
+    h = s.float()
+    h += routed(x, w_r, y, i)
+    return h + r
+
+
+def _gated_cast_written(x, w_r, y, i, s, r, n, p):
+    h = r.float()
+    h += s + torch.sigmoid(x[:, :1]) * x
+    return h
+
+
+EXACT = {  # programs that were once rewritten wrongly, or not at all
+    "a post-norm behind a view, a broadcast residual": lambda x, w_r, y, i, s, r, n, p: (
+        r + norm((routed(x, w_r, y, i) + s.tanh()).view(T, 1, H), p)
+    ),
+    "a post-norm behind a view, an alpha": lambda x, w_r, y, i, s, r, n, p: torch.add(
+        r.view(2, 3, H), norm((routed(x, w_r, y, i) + s.tanh()).view(2, 3, H), p), alpha=2
+    ),
+    "a post-norm behind a view, a number": lambda x, w_r, y, i, s, r, n, p: (
+        norm((routed(x, w_r, y, i) + s.tanh()).view(2, 3, H), p) + 1.0
+    ),
+    "a residual's cast is written": _cast_written,
+    "a shared expert's cast is written": _shared_cast_written,
+    "a gated sum's residual, its cast written": _gated_cast_written,
+    "a norm's weight of integers, gated": lambda x, w_r, y, i, s, r, n, p: norm(
+        s + torch.sigmoid(x[:, :1]) * r, (n * 4).to(torch.int64).to(n.dtype)
+    ),
+    "a norm's weight of integers": lambda x, w_r, y, i, s, r, n, p: norm(
+        r + routed(x, w_r, y, i), (n * 4).to(torch.int64).to(n.dtype)
+    ),
+    "factors past float32": lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y * 1e-20, i) * 1e25 * 1e25 + s,
+    "an inverse past float32": lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y * 1e-30, i) / 2.0**-140 + s,
+    "a sum as another's shared expert": lambda x, w_r, y, i, s, r, n, p: (
+        routed(x, w_r, y, i) + routed(x * 2, w_r, y * 2, i)
+    ),
+}
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["", "verify"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name, dtype, verify):
+    program, args = EXACT[name], layer(dtype)
+    copies = [t.clone() for t in args]
+    with torch.no_grad():
+        want = program(*copies)
+        got = fusionpass.fuse(program, verify=verify)(*args)
+    assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
+    tolerance = {} if dtype is F32 else {"rtol": 0.05, "atol": 0.05}
+    torch.testing.assert_close(got, want, **tolerance)
+    for x, y in zip(args, copies, strict=True):  # nothing that was given is written
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("rules", [["finalize", "shared_add", "post_norm"], None])
+def test_a_post_norm_behind_a_view_needs_the_residual(rules):
+    def program(x, w_r, y, i, s, r, n, p):
+        return r.view(2, 3, H) + norm((routed(x, w_r, y, i) + s.tanh()).view(2, 3, H), p)
+
+    with torch.no_grad():
+        (site,) = captured(program, *layer(), rules=rules, verify=True).rewrites
+        assert ("post_norm" in site.stages) == (rules is None)
+        torch.testing.assert_close(fusionpass.fuse(program, rules=rules)(*layer()), program(*layer()))
+
+
+class Eps(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(H, eps=1e-3).to(DEVICE)
+
+    def forward(self, a, g, b):
+        h = a + torch.sigmoid(g) * b
+        return h, self.norm(h)
+
+
+def test_an_eps_that_is_a_node():
+    """dynamic=True makes a symbol of the eps of torch's norm; in a graph of symbolic_trace it may change with each call."""
+    args = operands((T, H), (T, 1), (T, H))
+    with torch.no_grad():
+        module = Eps()
+        compiled = torch.compile(module, dynamic=True, backend="fusionpass", options={"inner": "eager"})
+        torch.testing.assert_close(compiled(*args), module(*args))
+
+        def program(a, g, b, eps):
+            h = a + torch.sigmoid(g) * b
+            return h, F.rms_norm(h, (H,), None, eps)
+
+        after, report = fusionpass.rewrite(torch.fx.symbolic_trace(program), [*args, 1e-5])
+        assert [site.stages for site in report.rewrites] == [["gated_add"]]
+        for eps in (1e-5, 1.0):
+            torch.testing.assert_close(after(*args, eps), program(*args, eps))

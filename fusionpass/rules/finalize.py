@@ -93,15 +93,22 @@ def _routers(node: Node) -> bool:
 
 
 def _taken_over(total: Node) -> bool:
-    """Whether one of our ops reads it: another rule's site, which has said why it does not compute it."""
+    """Whether one of our ops reads it as its `a`: another rule's site, which has said why it does not compute it."""
     node = total
     while True:
         found = readers(node)
-        if any(isinstance(each.target, OpOverload) and each.target.namespace == "fusionpass" for each in found):
+        if any(_read_as_a(each, node) for each in found):
             return True
         if len(found) != 1 or not (is_reshape(found[0]) or is_cast(found[0])):
             return False
         node = found[0]
+
+
+def _read_as_a(op: Node, node: Node) -> bool:
+    if not isinstance(op.target, OpOverload) or op.target.namespace != "fusionpass":
+        return False
+    names = [argument.name for argument in op.target._schema.arguments]
+    return node in op.args and names[op.args.index(node)] == "a"
 
 
 def hidden_size(site: Site, effects: Effects) -> Refusal | None:

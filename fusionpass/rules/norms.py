@@ -20,6 +20,7 @@ from fusionpass.graph.nodes import is_cast, is_identity, readers
 from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import known_equal, settled, tensor_of, value_of
 from fusionpass.graph.vocabulary import Vocabulary
+from fusionpass.kernels.contract import DTYPES
 
 CODES = {
     "not-an-rms-norm": "no reader of the sum is an RMSNorm of its rows",
@@ -61,7 +62,9 @@ def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:
         if len(shape) != 1 or isinstance(shape[0], Node) or not known_equal(shape[0], total.shape[-1]):
             return Refusal("not-an-rms-norm", "{} normalises over {}", user, list(shape))
         # The epsilon of the dtype in which it computes: for 16-bit dtypes ATen accumulates in float32.
-        eps = float(torch.finfo(torch.float32).eps if eps is None else eps)
+        eps = torch.finfo(torch.float32).eps if eps is None else _number(eps)
+        if eps is None:
+            return Refusal("not-an-rms-norm", "the eps of {} is not a number that is known", user)
         if tensor_of(user) is not None:
             return Norm(_movable(weight), eps, 0.0, user, [user], user)
         result = [reader for reader in readers(user) if reader.target is operator.getitem and reader.args[1] == 0]
@@ -141,9 +144,12 @@ def _overwrites_nothing(norm: Norm, words: Vocabulary, effects: Effects) -> Refu
 
 def _number(eps: object) -> float | None:
     """eps as a number. With dynamic=True an eps that is an attribute of the norm may be symbolic. Then a guard fixes
-    it, because the kernel is compiled for its value, as for the hidden size."""
-    value = value_of(eps) if isinstance(eps, Node) else eps
-    return float(value) if isinstance(value, (int, float, torch.SymFloat)) else None
+    it, because the kernel is compiled for its value, as for the hidden size. A node without a symbol has no guard: another
+    call may bring another number."""
+    if isinstance(eps, Node):
+        value = value_of(eps)
+        return float(value) if isinstance(value, torch.SymFloat) else None
+    return float(eps) if isinstance(eps, (int, float, torch.SymFloat)) else None
 
 
 def _shifted(node: object, words: Vocabulary) -> tuple | None:
@@ -209,15 +215,21 @@ def _weight(factor: object, words: Vocabulary) -> tuple[Node | str, float, list[
         made.insert(0, factor)
         factor = other
     # A node that others read too, such as a weight that is cast once for all, stays where it is and is read as it is.
-    while (
-        isinstance(factor, Node) and is_cast(factor) and len(readers(factor)) == 1 and isinstance(factor.args[0], Node)
-    ):
+    while isinstance(factor, Node) and _is_float_cast(factor) and len(readers(factor)) == 1:
         made.insert(0, factor)
         factor = factor.args[0]
     value = tensor_of(factor)
     if value is None or value.dim() != 1 or not isinstance(factor, Node):
         return None
     return _movable(factor), offset, made
+
+
+def _is_float_cast(node: Node) -> bool:
+    """Whether the node casts between dtypes that the op takes: it only rounds. A cast to integers does more."""
+    if not is_cast(node) or not isinstance(node.args[0], Node):
+        return False
+    tensors = tensor_of(node.args[0]), tensor_of(node)
+    return all(tensor is not None and tensor.dtype in DTYPES for tensor in tensors)
 
 
 def _movable(weight: Node | str | None) -> Node | str | None:

@@ -33,9 +33,11 @@ class Op:
         names: argument -> the site's operand or number, if that has another name.
         results: the names of its results in sentences. A result that a site does not have is an empty tensor.
         rows: operands with the same rows as the result. They decide its dtype, and Inductor would fuse their producers
-        with it. contiguous: contiguous operands give contiguous results with the shape and dtype of the formula, so the
-        op need not be
-            asked.
+            with it.
+        shaped: operands, of which the first that a site has gives the results their shape; if it has none of them, they
+            have that of the core's result. Empty: stages take care of it themselves.
+        contiguous: contiguous operands give contiguous results with the shape and dtype of the formula, so the op need
+            not be asked.
         trains: it has a backward.
         casts: autocast may change the dtype of its result.
         opened: Inductor gets the op's expression in place of the op, on any device.
@@ -50,6 +52,7 @@ class Op:
     names: Mapping[str, str] = field(default_factory=dict, hash=False)
     results: tuple[str, ...] = ("result",)
     rows: tuple[str, ...] = ()
+    shaped: tuple[str, ...] = ()
     contiguous: bool = False
     trains: bool = False
     casts: bool = False

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import known_contiguous, same_sizes, same_strides, tensor_of
+from fusionpass.kernels.contract import listed
 from fusionpass.private import FakeTensorMode
 from fusionpass.rules.calling import call_of
 from fusionpass.rules.site import Operand, Site
@@ -37,6 +38,23 @@ def same_result(site: Site) -> Refusal | None:
             strides = tuple(given.stride()), tuple(total.stride())
             return Refusal("stride", "the op would give strides {}, eager gives {}", *strides)
     return None
+
+
+def same_shape(site: Site) -> Refusal | None:
+    """Whether a grown site's op gives results of the shape that the nodes give: a stage may join behind a view."""
+    if not site.op.shaped:
+        return None
+    wanted = tensor_of(site.end).shape
+    for name in site.op.shaped:
+        if name in site.operands:
+            core = site.core.get(name) == site.operands[name]
+            given = site.seen(name) if core else tensor_of(site.operands[name].value).shape
+            break
+    else:
+        given = tensor_of(site.anchor).shape
+    if same_sizes(given, wanted):
+        return None
+    return Refusal("shape", "the op would give {}, {} is {}", listed(given), site.end, listed(wanted))
 
 
 def reshaped(tensor: Tensor, shape: Sequence[Any] | None) -> Tensor:

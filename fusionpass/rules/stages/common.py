@@ -21,6 +21,7 @@ MOE_COMBINE = Op(
     torch.ops.fusionpass.moe_combine.default,
     results=("sum", "normed sum"),
     rows=ROWS,
+    shaped=("residual", "b"),
     contiguous=True,
     casts=True,
     opened_on_cpu=True,

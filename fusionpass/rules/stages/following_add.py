@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import frexp, isfinite
+from math import frexp
 from typing import NamedTuple
 
 import torch
@@ -74,7 +74,7 @@ def following_add(site: Site, words: Vocabulary) -> Following | Refusal:
             return Refusal("used-elsewhere", "{} is read by {}", node, names)
         (reader,) = found
         factor = 1.0 if _hands_on(node, reader) else _factor(node, reader, words)
-        if factor is None:
+        if factor is None or not (_in_range(factor) and _in_range(scale * factor)):
             break
         scale *= factor
         parts.append(reader)
@@ -101,7 +101,8 @@ def added(site: Site, following: Following, effects: Effects, name: str) -> Adde
     written = meaning.in_place and left is other
     if meaning.in_place and not written and effects.other_reader(left, add) is not None:
         return Refusal("in-place", "{} overwrites {}, which others read", add, left)
-    source, cast = _before_widening(other, add)
+    # What is written into is the cast's memory, not what was cast.
+    source, cast = (other, []) if written else _before_widening(other, add)
     refusal = common.kinds(site.anchor, [(name, tensor_of(source)), ("the sum", total)])
     refusal = refusal or site_movable(site, add, effects)
     if refusal is not None:
@@ -136,6 +137,11 @@ def _hands_on(node: Node, reader: Node) -> bool:
     return is_reshape(reader) and before.dtype == after.dtype
 
 
+def _in_range(number: float) -> bool:
+    """Whether float32, in which the op computes, has the number: products of factors may leave its range."""
+    return number == 0 or 2.0**-126 <= abs(number) < 2.0**127
+
+
 def _factor(node: Node, reader: Node, words: Vocabulary) -> float | None:
     """The number that the reader multiplies the node by: `* 2.5`, or `/ 2`, whose inverse is exact."""
     after = tensor_of(reader)
@@ -144,7 +150,7 @@ def _factor(node: Node, reader: Node, words: Vocabulary) -> float | None:
     product = words.plain(reader, "mul")
     if product is not None and node in product:
         number = product[1] if product[0] is node else product[0]
-        return float(number) if type(number) in (int, float) and isfinite(number) else None
+        return float(number) if type(number) in (int, float) and abs(number) < 2.0**127 else None
     if (
         torch_name(reader) in ("truediv", "div")
         and len(reader.args) == 2
@@ -152,7 +158,11 @@ def _factor(node: Node, reader: Node, words: Vocabulary) -> float | None:
         and not reader.kwargs
     ):
         number = reader.args[1]
-        return 1 / number if type(number) in (int, float) and abs(frexp(number)[0]) == 0.5 else None
+        return (
+            1 / number
+            if type(number) in (int, float) and abs(number) < 2**127 and abs(frexp(number)[0]) == 0.5
+            else None
+        )
     return None
 
 
