@@ -47,7 +47,7 @@ REFUSALS = {
     "mask without top_k": (PLAIN | {"masked": Of((4,), torch.bool)}, "inverse, .*permuted is given and top_k is 0"),
     "permuted without top_k": (PLAIN | {"permuted": True}, "inverse, .*permuted is given and top_k is 0"),
     "permuted without inverse": (TOP_K | {"permuted": True}, "permuted is True, allowed: with inverse"),
-    "no gate": (PLAIN | {"gate": None}, "allowed: either gate, or x and gate_weight"),
+    "a gate without b": (PLAIN | {"b": None}, "a gate is given without b, which it gates"),
     "both gates": (PROJECTED | {"gate": Of((4,))}, "allowed: either gate, or x and gate_weight"),
     "x alone": (PROJECTED | {"gate_weight": None}, "allowed: either gate, or x and gate_weight"),
     "gate and its weight": (PLAIN | {"gate_weight": Of((1, 8))}, "allowed: either gate, or x and gate_weight"),

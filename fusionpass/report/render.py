@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from fusionpass._version import __version__
 from fusionpass.report.wording import common, count, ranges, skeleton, stem
 
@@ -24,6 +22,13 @@ WIDTH = 118  # columns of the terminal table
 FOLD_FROM = 4  # this many similar sites become one line
 STAR = r"\1*"  # a node name without its number
 _NAME = re.compile(r"\b([A-Za-z]\w*?)(?:_\d+)+\b")
+
+
+def tabulate(*args: Any, **options: Any) -> str:
+    """`tabulate.tabulate`, imported where a report is first shown: `import fusionpass` stays light."""
+    import tabulate as library
+
+    return library.tabulate(*args, **options)
 
 
 def table(report: Findings) -> str:
