@@ -251,6 +251,22 @@ def test_refused(program, code):
     assert [(miss.rule, miss.code) for miss in report.misses] == [(CORE, code)] and not report.rewrites
 
 
+def _into_the_shared_expert(x, w_r, y, i, s, r, n, p):
+    shared = s.tanh()
+    shared += routed(x, w_r, y, i)
+    return shared
+
+
+def _norm_of_other_rows(x, w_r, y, i, s, r, n, p):
+    return r.view(2 * T, H // 2) + norm(routed(x, w_r, y, i).view(2 * T, H // 2), p[: H // 2])
+
+
+def _norm_laid_out_otherwise(x, w_r, y, i, s, r, n, p):
+    out = routed(x, w_r, y, i).view(1, 2, 3, H)
+    normed = out * torch.rsqrt(out.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return r.view(1, 2, 3, H) + normed.to(torch.float32, memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("program", "stage", "code"),
     [
@@ -263,6 +279,10 @@ def test_refused(program, code):
         (lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y, i) / 3 + s, SHARED, "not-a-shared-add"),
         (lambda x, w_r, y, i, s, r, n, p: routed(x, w_r, y, i) * float("inf") + s, SHARED, "not-a-shared-add"),
         (lambda x, w_r, y, i, s, r, n, p: norm(routed(x, w_r, y, i), n), POST, "not-a-post-norm"),
+        (_into_the_shared_expert, SHARED, "in-place"),
+        (_norm_of_other_rows, POST, "shape"),
+        (lambda x, w_r, y, i, s, r, n, p: r + norm(routed(x, w_r, y, i), p[:1]), POST, "shape"),
+        (_norm_laid_out_otherwise, POST, "stride"),
         (lambda x, w_r, y, i, s, r, n, p: (o := routed(x, w_r, y, i), r + norm(o, p)), POST, "used-elsewhere"),
     ],
 )
@@ -271,6 +291,16 @@ def test_stages_that_stop(program, stage, code):
         (site,) = captured(program, *layer()).rewrites
         assert stops(site).get(stage) == code
         torch.testing.assert_close(fusionpass.fuse(program)(*layer()), program(*layer()))
+
+
+def test_a_post_norm_of_another_dtype():
+    def program(x, w_r, y, i, s, r, n, p):
+        wide = (routed(x, w_r, y, i) + s.tanh()).float()
+        return r.float() + wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    with torch.no_grad():
+        (site,) = captured(program, *layer(BF16)).rewrites
+        assert stops(site)["post_norm"] == "dtype"
 
 
 def test_a_gated_add_takes_it_first():

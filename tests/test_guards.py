@@ -1,7 +1,9 @@
 """Guards that no tracer's own graph reaches: what it recorded is changed by hand, and the site is refused by its code."""
 
 import operator
+import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fusionpass
+from fusionpass.graph.vocabulary import Vocabulary
+from fusionpass.rules import Operand, Site, guards
 
 S = torch.sigmoid
 
@@ -210,3 +214,53 @@ def test_a_sigmoid_that_another_reader_writes():
     after, report = fusionpass.rewrite(given)
     assert [miss.code for miss in report.misses] == ["mutation-between"]
     assert after.code == given.code
+
+
+def node_of(target, *args, op="call_function", **kwargs):
+    return torch.fx.Graph().create_node(op, target, args, kwargs)
+
+
+ODD = {
+    "a function with one argument more": (node_of(torch.add, 1, 2, 3), "add is called with 3 arguments"),
+    "a module with two arguments": (node_of("act", 1, 2, op="call_module"), "module act is called with .1, 2."),
+    "a module with a keyword that it has not": (
+        node_of("act", op="call_module", y=1),
+        "module act is called with .'y'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("node", "said"), ODD.values(), ids=ODD)
+def test_an_odd_call(node, said):
+    """By hand: torch raises where such a call runs."""
+    owner = torch.nn.Module()
+    owner.act = torch.nn.Sigmoid()
+    oddity = Vocabulary(owner).meaning(node).oddity
+    assert oddity.code == "odd-call" and re.search(said, oddity.reason)
+
+
+def test_a_device_without_kernels(monkeypatch):
+    """By hand: no other device is here."""
+    monkeypatch.setattr(guards, "_missing_kernel", lambda device, dtype: f"there is no kernel for device {device.type}")
+    _, report = fusionpass.rewrite(recorded({}))
+    assert [miss.code for miss in report.misses] == ["device"] and "no kernel for device" in report.misses[0].reason
+
+
+def test_a_factor_written_into_another_operands_memory():
+    """By hand: what reads the memory as well is mostly found first."""
+    graph = torch.fx.Graph()
+    a, b, gate = (graph.placeholder(name) for name in ("a", "b", "gate"))
+    written = graph.call_method("sigmoid_", (gate,))
+    total = graph.call_function(torch.mul, (written, b))
+    site = Site(
+        anchor=total,
+        operands={"b": Operand(b, read=total)},
+        parts=[written, total],
+        in_place={written: gate},
+    )
+    for memory, code in ({gate: {1}, b: {1, 2}}, "in-place"), ({gate: {1}, b: {2}}, None):
+        effects = SimpleNamespace(
+            other_reader=lambda *asked: None, storages=lambda node, of=memory: frozenset(of[node])
+        )
+        refusal = guards.factors_owned(site, effects)
+        assert (refusal.code if refusal else None) == code
