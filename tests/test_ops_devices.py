@@ -186,8 +186,10 @@ def test_a_program_whose_gate_reads_no_columns(inner):
         return r + eager(x, weight, bias, a, b)
 
     inputs = drawn((4, 8), (4, 0), (1, 0), (1,), (4, 8), (4, 8))
-    with torch.no_grad():
+    with torch.no_grad(), fusionpass.collect() as report:
         torch.testing.assert_close(fusionpass.fuse(run, inner=inner)(*inputs), run(*inputs))
+    (site,) = report.rewrites
+    assert {"stage": "gate_projection", "code": "gate-columns"}.items() <= site.stopped[0].items()
 
 
 def test_sparse_operands_are_refused():
