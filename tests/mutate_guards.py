@@ -1,6 +1,6 @@
 """Mutation testing of the guards: with a refusal taken out, or an answer about writes turned, a test must fail.
 
-    python tests/mutate_guards.py                   every mutant of the package, about half an hour on two cores
+    python tests/mutate_guards.py                   every mutant of the package, over an hour on two cores
     python tests/mutate_guards.py --only stages     those whose place (file, line, function, code) holds the text
     python tests/mutate_guards.py --changed main    those in functions that differ from a git revision, HEAD by default
     python tests/mutate_guards.py --list            their places alone
