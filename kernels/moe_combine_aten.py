@@ -169,9 +169,8 @@ def moe_combine_expression(given: Arguments, *, compute: torch.dtype = torch.flo
         shared = given.b.reshape(-1, h).to(compute)
         if given.gated:
             shared = torch.sigmoid(logit_of(given, compute)) * shared
-        total = scaled(total + shared, given.scale)
-    else:
-        total = scaled(total, given.scale)
+        total = total + shared
+    total = scaled(total, given.scale)
     if given.post_eps is not None:
         total = rms_norm(total, given.post_norm_weight, given.post_eps, given.post_offset)
     if given.residual is not None:

@@ -84,7 +84,7 @@ class Mutant(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.path}:{self.line} {self.what}"
+        return f"{self.key} {self.what}"
 
     @property
     def key(self) -> str:
@@ -267,8 +267,8 @@ def noted(copy: Path) -> dict[str, list[str]]:
     return turns
 
 
-def failed_of(files: list[str], copy: Path) -> str:
-    """The first of the tests in these files that fails with the package in `copy`, "" when none does."""
+def failed_of(tests: list[str], copy: Path) -> str:
+    """The first of these tests, or of the tests in these files, that fails with the package in `copy`, "" when none does."""
     log = copy / "log"
     child = os.fork()
     if child == 0:
@@ -279,7 +279,7 @@ def failed_of(files: list[str], copy: Path) -> str:
             sys.path[:0] = [str(copy), str(copy / "tests")]
             status = 1
             with contextlib.suppress(BaseException):
-                status = pytest.main([*OPTIONS, *files])
+                status = pytest.main([*OPTIONS, *tests])
             sys.stdout.flush()
             os._exit(int(status))
     _, status = os.waitpid(child, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
@@ -18,7 +19,6 @@ from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import known_equal, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
-from fusionpass.private import OpOverload
 from fusionpass.rules import guards
 from fusionpass.rules.cost import saved_finalize
 from fusionpass.rules.rule import Reading, Rule
@@ -31,6 +31,12 @@ CODES = guards.CODES | {
     "hidden-size": common.CODES["hidden-size"],
     "shape": "y, weights or inverse do not have the shape that the formula needs, or are not known to",
     "dtype": common.CODES["dtype"],
+}
+# Our ops that may stand for such a sum's reader, and which of their arguments is `a`.
+_OPS = torch.ops.fusionpass
+A_AT = {
+    op.default: [argument.name for argument in op.default._schema.arguments].index("a")
+    for op in (_OPS.gated_add, _OPS.gate_projected_add, _OPS.moe_combine)
 }
 # How far a router's weights may be from their top-k: scores, gather, renormalise, scale, casts and views in between.
 REACH = 32
@@ -52,8 +58,7 @@ def find(words: Vocabulary, total: Node) -> Iterator[Reading]:
 
 
 def _site(found: WeightedSum, total: Node) -> Site:
-    numbers = {"top_k": found.top_k, "permuted": found.permuted}
-    return Site(anchor=total, operands=found.operands(), parts=found.parts, numbers=numbers)
+    return Site(anchor=total, operands=found.operands(), parts=found.parts, numbers=found.numbers())
 
 
 def is_routed(found: WeightedSum) -> bool:
@@ -105,10 +110,8 @@ def _taken_over(total: Node) -> bool:
 
 
 def _read_as_a(op: Node, node: Node) -> bool:
-    if not isinstance(op.target, OpOverload) or op.target.namespace != "fusionpass":
-        return False
-    names = [argument.name for argument in op.target._schema.arguments]
-    return node in op.args and names[op.args.index(node)] == "a"
+    position = A_AT.get(op.target)
+    return position is not None and op.args[position] is node
 
 
 def hidden_size(site: Site, effects: Effects) -> Refusal | None:

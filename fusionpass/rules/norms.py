@@ -16,9 +16,10 @@ import torch
 from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
+from fusionpass.graph.naming import describe
 from fusionpass.graph.nodes import is_cast, is_identity, readers
 from fusionpass.graph.refusal import Refusal
-from fusionpass.graph.tensors import known_equal, settled, tensor_of, value_of
+from fusionpass.graph.tensors import known_contiguous, known_equal, same_sizes, settled, shape_text, tensor_of, value_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.kernels.contract import DTYPES
 
@@ -46,6 +47,23 @@ class Norm:
 def norm_of(value: Node, kept: torch.dtype, words: Vocabulary, effects: Effects) -> Norm | Refusal | None:
     """The RMSNorm that reads the value; `kept` is the dtype that others read of it. None if no reader is one."""
     return _torch_norm(value, words) or _written_out(value, words, effects, kept)
+
+
+def no_norm(value: Node, words: Vocabulary) -> Refusal:
+    names = "; ".join(sorted(describe(reader, words) for reader in readers(value))) or "nothing"
+    return Refusal("not-an-rms-norm", "{} is read by {}", value, names)
+
+
+def unfit(norm: Norm, total: torch.Tensor, words: Vocabulary) -> Refusal | None:
+    """Why the op does not give what the norm of `total` gives, by shape, dtype and strides."""
+    result, weight = tensor_of(norm.result), words.tensor(norm.weight)
+    if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
+        return Refusal("dtype", "the norm {} is not of the sum's shape and dtype", norm.result)
+    if not known_contiguous(result):
+        return Refusal("stride", "{} has strides {}", norm.result, tuple(result.stride()))
+    if weight is not None and not same_sizes(weight.shape, total.shape[-1:]):
+        return Refusal("shape", "the norm's weight is {}, the sum {}", shape_text(weight), shape_text(total))
+    return None
 
 
 def _torch_norm(end: Node, words: Vocabulary) -> Norm | Refusal | None:

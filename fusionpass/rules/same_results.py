@@ -47,8 +47,7 @@ def same_shape(site: Site) -> Refusal | None:
     wanted = tensor_of(site.end).shape
     for name in site.op.shaped:
         if name in site.operands:
-            core = site.core.get(name) == site.operands[name]
-            given = site.seen(name) if core else tensor_of(site.operands[name].value).shape
+            given = site.shapes.get(name, tensor_of(site.operands[name].value).shape)
             break
     else:
         given = tensor_of(site.anchor).shape

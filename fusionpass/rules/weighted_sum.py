@@ -12,7 +12,7 @@ Views that keep the rows' order may stand between.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -48,6 +48,9 @@ class WeightedSum:
         if self.masked is not None:
             found["masked"] = self._where_read(self.masked)
         return found
+
+    def numbers(self) -> dict[str, Any]:
+        return {"top_k": self.top_k, "permuted": self.permuted}
 
     def _reader(self, node: Node) -> Node:
         return next(part for part in self.parts if node in part.all_input_nodes)

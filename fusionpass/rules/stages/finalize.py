@@ -34,8 +34,9 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     if refusal is not None:
         return refusal
     wide = _with_wide_weights(site, checked, effects)
-    numbers = {"top_k": wide.top_k, "permuted": wide.permuted}
-    return site.grown("finalize", before=wide.parts, operands=wide.operands(), numbers=numbers, op=common.MOE_COMBINE)
+    return site.grown(
+        "finalize", before=wide.parts, operands=wide.operands(), numbers=wide.numbers(), op=common.MOE_COMBINE
+    )
 
 
 def _with_wide_weights(site: Site, found: WeightedSum, effects: Effects) -> WeightedSum:

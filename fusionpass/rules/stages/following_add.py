@@ -74,7 +74,7 @@ def following_add(site: Site, words: Vocabulary) -> Following | Refusal:
             return Refusal("used-elsewhere", "{} is read by {}", node, names)
         (reader,) = found
         factor = 1.0 if _hands_on(node, reader) else _factor(node, reader, words)
-        if factor is None or not (_in_range(factor) and _in_range(scale * factor)):
+        if factor is None or not _in_range(scale * factor):
             break
         scale *= factor
         parts.append(reader)
@@ -150,20 +150,15 @@ def _factor(node: Node, reader: Node, words: Vocabulary) -> float | None:
     product = words.plain(reader, "mul")
     if product is not None and node in product:
         number = product[1] if product[0] is node else product[0]
-        return float(number) if type(number) in (int, float) and abs(number) < 2.0**127 else None
-    if (
-        torch_name(reader) in ("truediv", "div")
-        and len(reader.args) == 2
-        and reader.args[0] is node
-        and not reader.kwargs
-    ):
-        number = reader.args[1]
-        return (
-            1 / number
-            if type(number) in (int, float) and abs(number) < 2**127 and abs(frexp(number)[0]) == 0.5
-            else None
-        )
+        return float(number) if _is_number(number) else None
+    divides = torch_name(reader) in ("truediv", "div") and not reader.kwargs and len(reader.args) == 2
+    if divides and reader.args[0] is node and _is_number(reader.args[1]) and abs(frexp(reader.args[1])[0]) == 0.5:
+        return 1 / reader.args[1]
     return None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and _in_range(value)
 
 
 def _before_widening(other: Node, reader: Node) -> tuple[Node, list[Node]]:

@@ -8,14 +8,13 @@ The sum itself is then nobody's any more: it joins only where the norm alone rea
 from __future__ import annotations
 
 from fusionpass.graph.effects import Effects
-from fusionpass.graph.naming import describe
 from fusionpass.graph.nodes import readers
 from fusionpass.graph.refusal import Refusal
-from fusionpass.graph.tensors import known_contiguous, same_sizes, shape_text, tensor_of
+from fusionpass.graph.tensors import same_sizes, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.rules import norms
 from fusionpass.rules.moving import movable, site_movable
-from fusionpass.rules.norms import norm_of
+from fusionpass.rules.norms import no_norm, norm_of, unfit
 from fusionpass.rules.rule import Stage
 from fusionpass.rules.site import Operand, Site
 from fusionpass.rules.stages import common, following_add
@@ -29,8 +28,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     end, views = following_add.handed_on(site.end)
     norm = norm_of(end, tensor_of(end).dtype, words, effects)
     if norm is None:
-        names = "; ".join(sorted(describe(reader, words) for reader in readers(end))) or "nothing"
-        return Refusal("not-an-rms-norm", "{} is read by {}", end, names)
+        return no_norm(end, words)
     if isinstance(norm, Refusal):
         return norm
     behind, _ = following_add.handed_on(norm.result)
@@ -39,16 +37,10 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     others = [reader for reader in readers(end) if reader not in norm.parts]
     if others:
         return Refusal("used-elsewhere", "{} is read by {} too", end, others[0])
-    result, weight, total = tensor_of(norm.result), words.tensor(norm.weight), tensor_of(end)
-    if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
-        return Refusal("dtype", "the norm {} is not of the sum's shape and dtype", norm.result)
-    if not same_sizes(total.shape[-1:], tensor_of(site.end).shape[-1:]):
+    if not same_sizes(tensor_of(end).shape[-1:], tensor_of(site.end).shape[-1:]):
         return Refusal("shape", "{} cuts the rows of {}", end, site.end)
-    if not known_contiguous(result):
-        return Refusal("stride", "{} has strides {}", norm.result, tuple(result.stride()))
-    if weight is not None:
-        if not same_sizes(weight.shape, total.shape[-1:]):
-            return Refusal("shape", "the norm's weight is {}, the sum {}", shape_text(weight), shape_text(total))
+    refusal, weight = unfit(norm, tensor_of(end), words), words.tensor(norm.weight)
+    if refusal is None and weight is not None:
         refusal = common.kinds(site.anchor, [("the norm's weight", weight)])
     refusal = refusal or site_movable(site, norm.result, effects)
     weights = {} if norm.weight is None else {"post_norm_weight": Operand(norm.weight, norm.weight_read)}

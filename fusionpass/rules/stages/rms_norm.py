@@ -9,14 +9,13 @@ import torch
 from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
-from fusionpass.graph.naming import describe
 from fusionpass.graph.nodes import readers
 from fusionpass.graph.refusal import Refusal
-from fusionpass.graph.tensors import known_contiguous, same_sizes, shape_text, tensor_of
+from fusionpass.graph.tensors import known_contiguous, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.rules import norms
 from fusionpass.rules.moving import movable
-from fusionpass.rules.norms import Norm, norm_of
+from fusionpass.rules.norms import Norm, no_norm, norm_of, unfit
 from fusionpass.rules.rule import Stage
 from fusionpass.rules.site import Operand, Site
 from fusionpass.rules.stages import common
@@ -37,8 +36,7 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
     if norm is None and writer is not None:
         return Refusal("mutation-between", "{} writes the sum ({}) before others read it", writer, end)
     if norm is None:
-        names = "; ".join(sorted(describe(reader, words) for reader in readers(end))) or "nothing"
-        return Refusal("not-an-rms-norm", "{} is read by {}", end, names)
+        return no_norm(end, words)
     if isinstance(norm, Refusal):
         return norm
     if narrow is not None and not set(readers(end)) <= {narrow, *norm.parts}:
@@ -59,15 +57,10 @@ def grow(site: Site, words: Vocabulary, effects: Effects) -> Site | Refusal:
 
 def _checked(site: Site, norm: Norm, total: torch.Tensor, words: Vocabulary, effects: Effects) -> Refusal | None:
     """Why the op cannot compute the norm together with the sum, which it gives as `total`."""
-    refusal = None
-    result, weight = tensor_of(norm.result), words.tensor(norm.weight)
-    if result is None or not same_sizes(result.shape, total.shape) or result.dtype != total.dtype:
-        return Refusal("dtype", "the norm {} is not of the sum's shape and dtype", norm.result)
-    if not known_contiguous(result):
-        return Refusal("stride", "{} has strides {}", norm.result, tuple(result.stride()))
+    refusal, weight = unfit(norm, total, words), words.tensor(norm.weight)
+    if refusal is not None:
+        return refusal
     if weight is not None:
-        if not same_sizes(weight.shape, total.shape[-1:]):
-            return Refusal("shape", "the norm's weight is {}, the sum {}", shape_text(weight), shape_text(total))
         refusal = common.kinds(site.anchor, [("the norm's weight", weight)])
     if _writes_into(norm.weight, None, words):
         return Refusal("mutation-between", "{} writes the norm's weight after {}", norm.weight, site.at)
