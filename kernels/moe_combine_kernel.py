@@ -16,7 +16,7 @@ def moe_combine_kernel(
     PROJECTED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_NORM_WEIGHT: tl.constexpr, EPS: tl.constexpr, OFFSET: tl.constexpr, HAS_B: tl.constexpr, GATED: tl.constexpr,
     ROUTED_SCALE: tl.constexpr, SCALE: tl.constexpr, HAS_POST: tl.constexpr, HAS_POST_WEIGHT: tl.constexpr,
-    POST_EPS: tl.constexpr, POST_OFFSET: tl.constexpr, WIDE: tl.constexpr, PRECISE: tl.constexpr,
+    POST_EPS: tl.constexpr, POST_OFFSET: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr, PRECISE: tl.constexpr,
     INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr, GROUP: tl.constexpr, VECTOR: tl.constexpr,
     K: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -40,8 +40,9 @@ def moe_combine_kernel(
     for k in tl.static_range(TOP_K):
         source = row * TOP_K + k
         if INDEXED:
-            source = tl.load(INVERSE + source * inverse_step).to(tl.int64)
+            source = tl.load(INVERSE + source * inverse_step).to(tl.int32 if NARROW else tl.int64)
             source = tl.where(source < 0, source + tl.num_programs(0) * TOP_K, source)  # from the end, as in indexing
+            source = source.to(tl.int64)
         sources += (source,)
     if PROJECTED:
         X += tl.multiple_of(row * x_row, VECTOR)
@@ -67,6 +68,10 @@ def moe_combine_kernel(
         for k in tl.static_range(first, min(first + GROUP, TOP_K)):
             at = tl.multiple_of(sources[k] * a_row, VECTOR)
             parts += (tl.load(A + at + h * a_col, mask=mask, other=0.0),)
+        # Or the assembler, to save registers, waits for a part before it asks for the next. The weights come behind the
+        # barrier, so all the parts are on their way first. The sum over the row of a projection has one too.
+        if not PROJECTED and GROUP >= TOP_K:
+            tl.debug_barrier()
         for k in tl.static_range(first, min(first + GROUP, TOP_K)):
             slot = sources[k] if PERMUTED else row * TOP_K + k
             weights += (tl.load(WEIGHTS + slot * weight_step),)

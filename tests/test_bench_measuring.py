@@ -15,6 +15,9 @@ BYTES = {  # at T, H and two bytes each; K = H
     "gate_projected_add": lambda t, h: (t * (3 * h + h) + h) * 2,
     "moe_combine": lambda t, h: (6 * t * h + 2 * h) * 2,
     "moe_combine_top_10": lambda t, h: (15 * t * h + 2 * h + 10 * t * (1 + 4)) * 2,
+    "finalize_top_8": lambda t, h: (11 * t * h + h + 8 * t * (1 + 4)) * 2,
+    "finalize_top_8_batched": lambda t, h: (11 * t * h + h + 8 * t) * 2,
+    "finalize_top_8_shared": lambda t, h: (12 * t * h + h + 8 * t * (1 + 4)) * 2,
     "gated_add_backward": lambda t, h: (3 * t * h + 2 * t) * 2,
     "gate_projected_add_backward": lambda t, h: (t * (3 * h + 2 * h + 1) + 2 * h) * 2,
 }
@@ -29,7 +32,7 @@ def test_bytes(op):
 
 def test_default_grid():
     cases = grid()
-    assert len(cases) == len(set(cases)) == 4 * 7 * 3 + 2 * 3 * 3
+    assert len(cases) == len(set(cases)) == 7 * 7 * 3 + 2 * 3 * 3
     assert {case.dtype for case in cases} == {"bf16"}
     assert min(case.tokens for case in cases if OPS[case.op].backward) == 256
 
@@ -63,7 +66,7 @@ def test_here_and_eager_are_right(op, tokens):
         calls = calls_of(getattr(OPS[op], name), sets)
         for _ in range(2):  # a backward may be called again
             outputs[name] = as_tuple(calls[-1]())
-    results = 2 if op.startswith("moe_combine") else 1  # the sum, the normed sum
+    results = 2 if op.startswith(("moe_combine", "finalize")) else 1  # the sum, the normed sum
     assert len(exact) == (len(sets[0].inputs) if OPS[op].backward else results)
     eager = errors(outputs["eager"], exact)
     assert max(eager) < 0.02

@@ -45,8 +45,8 @@ def test_every_op_for_people_is_whole():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(op.overload.name(), "Autograd")
     assert set(in_inductor._launches) == {op.overload for op in whole if op.launches}
     assert list(cases.OPS) == [
-        "gated_add", "gate_projected_add", "moe_combine", "moe_combine_top_10", "gated_add_backward",
-        "gate_projected_add_backward",
+        "gated_add", "gate_projected_add", "moe_combine", "moe_combine_top_10", "finalize_top_8",
+        "finalize_top_8_batched", "finalize_top_8_shared", "gated_add_backward", "gate_projected_add_backward",
     ]  # fmt: skip
 
 

@@ -145,10 +145,10 @@ def _sets(case: Case, sides: int, wanted: int | None) -> list[Operands]:
 
 
 def _host_cases(cases: Sequence[Case]) -> list[Case]:
-    """For each forward op the case with the least work, since CPU time does not depend on the shape."""
+    """For each forward op that the pass finds the case with the least work: CPU time does not depend on the shape."""
     smallest: dict[str, Case] = {}
     for case in cases:
-        if not OPS[case.op].backward:
+        if OPS[case.op].found and not OPS[case.op].backward:
             known = smallest.get(case.op, case)
             smallest[case.op] = min(known, case, key=lambda each: (each.tokens, each.hidden))
     return list(smallest.values())

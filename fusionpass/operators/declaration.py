@@ -31,6 +31,7 @@ class Bench:
         backward: the gradients of every input are measured, not the result.
         beside: other expressions, by the name of their side, that show what a kernel can reach. They compute something else,
             so each is checked against itself.
+        found: the pass finds the expression by itself, so that the CPU time of a rewritten graph can be measured.
     """
 
     eager: Callable[..., Any]
@@ -40,6 +41,7 @@ class Bench:
     writes: Callable[[int, int], int]
     backward: bool = False
     beside: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
+    found: bool = True
 
 
 @dataclass(eq=False)

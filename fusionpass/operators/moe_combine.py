@@ -11,7 +11,6 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fusionpass.kernels import moe_combine_aten as aten
 from fusionpass.kernels.contract import result_dtype
@@ -20,9 +19,10 @@ from fusionpass.kernels.gated_add_aten import gated_nodes
 from fusionpass.kernels.moe_combine_aten import TENSORS, Arguments
 from fusionpass.operators import gate_projected_add, gated_add
 from fusionpass.operators.autocast import cast, without_autocast
-from fusionpass.operators.declaration import Bench, Op, schema_of
+from fusionpass.operators.declaration import Op, schema_of
 from fusionpass.operators.dispatch import beneath, plain, recorded, transforms_active
 from fusionpass.operators.implementations import ALL, kernel_dtypes, kernels_take
+from fusionpass.operators.moe_combine_bench import CASES
 from fusionpass.private import _DisableAutocast
 
 
@@ -129,59 +129,6 @@ def launches() -> list:
     return [kernel().moe_combine_kernel]
 
 
-# In the benchmark.
-
-TOP_K = 10  # as in Qwen3-Next
-EPS = 1e-6
-
-
-def _expression(x, gate_weight, a, b, residual, norm_weight):
-    total = residual + (a + torch.sigmoid(linear(x, gate_weight)) * b)
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return total, norm_weight * normed.to(total.dtype)
-
-
-def _here(x, gate_weight, a, b, residual, norm_weight):
-    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
-    return torch.ops.fusionpass.moe_combine(a, b, **options)
-
-
-def _shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
-    return {"x": (t, h), "weight": (1, h), "a": (t, h), "b": (t, h), "residual": (t, h), "norm_weight": (h,)}
-
-
-def _top_k_expression(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
-    a = (y * topk_weights)[inverse].view(-1, TOP_K, y.shape[-1]).sum(1)
-    return _expression(x, gate_weight, a, b, residual, norm_weight)
-
-
-def _top_k_here(x, gate_weight, y, topk_weights, inverse, b, residual, norm_weight):
-    options = {"x": x, "gate_weight": gate_weight, "residual": residual, "norm_weight": norm_weight, "eps": EPS}
-    routed = {"topk_weights": topk_weights, "inverse": inverse, "top_k": TOP_K, "permuted": True}
-    return torch.ops.fusionpass.moe_combine(y, b, **routed, **options)
-
-
-def _top_k_shapes(t: int, h: int) -> dict[str, tuple[int, ...]]:
-    terms = {"y": (t * TOP_K, h), "topk_weights": (t * TOP_K, 1), "inverse": (t * TOP_K,)}
-    return {"x": (t, h), "weight": (1, h), **terms, "b": (t, h), "residual": (t, h), "norm_weight": (h,)}
-
-
-BENCH = Bench(  # gate projection, formula, residual, RMSNorm
-    _expression,
-    _here,
-    _shapes,
-    reads=lambda t, h: 4 * t * h + 2 * h,  # x, a, b, residual, weight, norm weight
-    writes=lambda t, h: 2 * t * h,  # the sum, the normed sum
-)
-TOP_K_BENCH = Bench(  # the same with the weighted sum that makes a; the inverse counts 4 elements of 16 bit
-    _top_k_expression,
-    _top_k_here,
-    _top_k_shapes,
-    reads=lambda t, h: (3 + TOP_K) * t * h + 2 * h + 5 * TOP_K * t,
-    writes=lambda t, h: 2 * t * h,
-)
-
 OP = Op(
     f"moe_combine({schema_of(Arguments, positional=('a', 'b'))}) -> (Tensor, Tensor)",
     run=run,
@@ -191,6 +138,6 @@ OP = Op(
     inductor=under_inductor,
     launches=launches,
     direct=direct,
-    bench={"moe_combine": BENCH, "moe_combine_top_10": TOP_K_BENCH},
+    bench=CASES,
 )
 OPS = (OP,)
