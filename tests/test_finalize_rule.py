@@ -182,6 +182,27 @@ def _after_a_layer(x, w_r, y, i, s, r, n, p):
     return (y.view(T, K, H) * k.unsqueeze(-1)).sum(-2)
 
 
+def _matrices(y, ids):
+    """One product per row, with the matrix that `ids` names for it, as experts of batched_mm have them."""
+    return torch.bmm((y.T @ y).expand(4, H, H)[ids], y.unsqueeze(-1)).squeeze(-1)
+
+
+def _of_all(y, ids):
+    return torch.bmm((y.T @ y).expand(T * K, H, H), y.unsqueeze(-1)).squeeze(-1)
+
+
+def _by_maxima(rows):
+    """Weights that two maxima choose, as phimoe's router does: there is no top-k."""
+
+    def program(x, w_r, y, i, s, r, n, p):
+        scores = (x @ w_r).softmax(-1)
+        first = scores.amax(-1, keepdim=True)
+        w = torch.cat([first, (scores * (scores < first)).amax(-1, keepdim=True)], -1)
+        return (rows(y, i % 4).view(T, K, H) * w[:, :, None]).sum(1)
+
+    return program
+
+
 FRIENDS = {  # program -> sites
     "rows of an embedding": (
         lambda x, w_r, y, i, s, r, n, p: (torch.cat([y, y])[i].view(T, K, H) * x[:, :K, None]).sum(1),
@@ -189,6 +210,8 @@ FRIENDS = {  # program -> sites
     ),
     "a recurrence": (_recurrence, 0),
     "a recurrence behind a layer": (_after_a_layer, 1),
+    "rows of chosen experts": (_by_maxima(_matrices), 1),
+    "rows of a product with matrices that nobody chose": (_by_maxima(_of_all), 0),
     "a plain sum": (lambda x, w_r, y, i, s, r, n, p: y.view(T, K, H).sum(1), 0),
     "a mean": (lambda x, w_r, y, i, s, r, n, p: y.view(T, K, H).mean(1), 0),
     "attention": (

@@ -1,7 +1,8 @@
 """The rule out = sum_k weights[t, k] * y[inverse[t, k]], the end of a sparse layer without a gate, and what it grows over.
 
-It is a routed sum only where the weights come from a top-k, or rows through an inverse permutation. Recurrences of linear
-attention are weighted sums too (`state + (v * k.unsqueeze(-1)).sum(-2)`), and stay as they are.
+It is a routed sum only where the weights come from a top-k, rows through an inverse permutation, or rows from products with
+the weights of chosen experts. Recurrences of linear attention are weighted sums too, and stay as they are:
+`state + (v * k.unsqueeze(-1)).sum(-2)`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fusionpass.graph.tensors import known_equal, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
 from fusionpass.kernels.contract import MOST_COLUMNS, MOST_TOP_K
 from fusionpass.rules import guards
-from fusionpass.rules.cost import saved_finalize
+from fusionpass.rules.cost import PRODUCTS, saved_finalize
 from fusionpass.rules.rule import Reading, Rule
 from fusionpass.rules.site import Site
 from fusionpass.rules.stages import common, post_norm, residual, rms_norm, shared_add
@@ -62,8 +63,8 @@ def _site(found: WeightedSum, total: Node) -> Site:
 
 
 def is_routed(found: WeightedSum) -> bool:
-    """Whether the weights are those of a router's choice: rows come through an inverse permutation, or a top-k made them."""
-    return found.inverse is not None or _from_top_k(found.weights)
+    """Whether rows come through an inverse permutation, a top-k made the weights, or chosen experts made the rows."""
+    return found.inverse is not None or _from_top_k(found.weights) or _of_chosen_experts(found.y)
 
 
 def _from_top_k(weights: Node) -> bool:
@@ -72,21 +73,43 @@ def _from_top_k(weights: Node) -> bool:
     The hidden state that a router reads comes from top-ks too, those of the layers before. But a matrix product stands in
     front of it.
     """
-    count = tensor_of(weights).numel() if tensor_of(weights) is not None else None
-    seen, to_see = set(), [weights]
+    return any(torch_name(node) == "topk" for node in _behind(weights))
+
+
+def _of_chosen_experts(rows: Node) -> bool:
+    """Whether a product makes them with one matrix per row, gathered by row, with nothing in between but as many numbers.
+
+    Some routers choose without a top-k: by two maxima (phimoe), or among scores of which shared experts have a part.
+    """
+    return any(any(map(_chosen, node.all_input_nodes)) for node in _behind(rows) if torch_name(node) in PRODUCTS)
+
+
+def _chosen(weights: Node) -> bool:
+    while is_view(weights) and gather_of(weights) is None:
+        weights = weights.all_input_nodes[0]
+    gathered = gather_of(weights)
+    matrices = None if gathered is None else tensor_of(gathered[0])
+    return matrices is not None and matrices.dim() == 3
+
+
+def _behind(value: Node) -> Iterator[Node]:
+    """The nodes that a value comes from, as far as each has as many numbers and does no more than a router does."""
+    count = tensor_of(value).numel() if tensor_of(value) is not None else None
+    seen, to_see = set(), [value]
     while to_see and len(seen) < REACH:
         node = to_see.pop()
         if node in seen:
             continue
         seen.add(node)
-        if torch_name(node) == "topk":
-            return True
-        value = tensor_of(node)
-        if value is not None and not known_equal(value.numel(), count):
+        if torch_name(node) == "topk":  # its values are as many, itself it is two tensors
+            yield node
             continue
-        if node is weights or _routers(node):
+        numbers = tensor_of(node)
+        if numbers is not None and not known_equal(numbers.numel(), count):
+            continue
+        yield node
+        if node is value or _routers(node):
             to_see += node.all_input_nodes
-    return False
 
 
 def _routers(node: Node) -> bool:
@@ -126,7 +149,7 @@ RULE = Rule(
     name="finalize",
     formula="(weights[..., None] * y[inverse].view(*weights.shape, -1)).sum(-2)",
     needs=(
-        "weights that come from a top-k, or rows that come through an inverse permutation",
+        "weights that come from a top-k, rows through an inverse permutation, or rows made by chosen experts' weights",
         "a sum over the last dim but one of a product with one weight per row",
         "views that keep the rows' order, and at most one gather of rows, in between",
         f"at most {MOST_TOP_K} terms and {MOST_COLUMNS} columns",
