@@ -171,6 +171,7 @@ class _OneGraph:
 
     def grown(self, rule: Chosen, site: Site) -> Site:
         stopped: list[tuple[str, Refusal]] = []
+        yielding: list[tuple[str, Refusal, Site]] = []
         before: list[Site] = []
         for stage in rule.stages:
             if stage.name in rule.left_out:
@@ -183,12 +184,14 @@ class _OneGraph:
                 site = larger
             else:
                 stopped.append((stage.name, refusal))
+                yielding += [(stage.name, refusal, site)] if stage.yields else []
         while before and (refusal := same_shape(site)) is not None:
             smaller = before.pop()
             (dropped,) = set(site.stages) - set(smaller.stages)
             stopped.append((dropped, refusal))
             site = smaller
-        return self.narrowed(site).changed(stopped=stopped)
+        settled = {name: _settled(why, then, site) for name, why, then in yielding}
+        return self.narrowed(site).changed(stopped=[(name, settled.get(name, why)) for name, why in stopped])
 
     def narrowed(self, site: Site) -> Site:
         """The site with the cast of its float32 sum, if nothing else reads the sum: the op then stores the cast's result."""
@@ -252,6 +255,17 @@ def _choose(
         refused.append((site, refusal))
     direct = [(site, refusal) for (site, refusal), (_, obstacle) in zip(refused, readings, strict=True) if not obstacle]
     return (direct or refused)[0]
+
+
+def _settled(refusal: Refusal, then: Site, now: Site) -> Refusal:
+    """The refusal, or another one if a later stage took what the stage did not find: a residual the add, say."""
+    if not refusal.code.startswith(("not-a", "used-elsewhere")):
+        return refusal
+    taken = set(now.parts).difference(then.parts)
+    named = [argument for argument in refusal.args if isinstance(argument, Node)] or [then.end]
+    if any(node in taken or taken.issuperset(readers(node) or [node]) for node in named):
+        return Refusal("not-there", "what follows {} belongs to a later stage", then.end)
+    return refusal
 
 
 def _inside_functorch(gm: GraphModule, children: Collection[str], effects: Effects) -> set[str]:

@@ -221,6 +221,7 @@ class Row(NamedTuple):
 def row(model_type: str, experts: str) -> Row:
     """Build the model, run it in eager, in float64 and fused with `verify`, and say what was rewritten."""
     import fusionpass
+    from fusionpass.report.render import worth_a_word
 
     model, inputs = tiny(model_type, SIZES.get(model_type, {}), experts)
     truth, eager = copy.deepcopy(model).double(), copy.deepcopy(model)
@@ -241,18 +242,12 @@ def row(model_type: str, experts: str) -> Row:
         got = fusionpass.fuse(model, verify=True)(**inputs)[0]
     routed = [site for site in report.rewrites if "finalize" in (site.rule, *site.stages)]
     joined = dict.fromkeys(", ".join(f"`{stage}`" for stage in site.stages) for site in routed)
-    left = {f"{stop['stage']}: {words_alone(stop['reason'])}": None for site in routed for stop in told(site)}
+    left = {f"{stop['stage']}: {words_alone(stop['reason'])}": None for site in routed for stop in worth_a_word(site)}
     if want is None:
         exact = relative_error([got], [plain]) <= IN_FLOAT32
     else:
         exact = relative_error([got], [want]) <= SCATTER * relative_error([plain], [want])
     return Row(len(ran), len(routed), list(joined), list(left), exact)
-
-
-def told(site) -> list[dict[str, str]]:
-    """The stops worth a word: a residual that joined was no shared expert, and no norm stood in front of it."""
-    optional = ("shared_add", "post_norm") if "residual" in site.stages else ()
-    return [stop for stop in site.stopped if stop["stage"] not in optional]
 
 
 def words_alone(reason: str) -> str:

@@ -45,7 +45,7 @@ def test_expect_counts_runs_of_a_shared_graph(run, code):
     assert "1 site captured, runs 5 times" in out
     status, _, err = run("report", f"{code}:Layers", "--expect", 1)
     assert status == 1
-    assert "expected 1 rewritten sites, found 5 (1 captured, shared by layers)" in err
+    assert "expected 1 rewritten site, found 5 (1 captured, shared by layers)" in err
 
 
 def test_json_has_every_field(run, code):
@@ -128,7 +128,7 @@ EXPECTATIONS = {
         "Kept",
         ["--expect", "1"],
         1,
-        "expected 1 rewritten sites, found 0; 0 rewritten in 1 graph, 1 near miss: 1 x multi",
+        "expected 1 rewritten site, found 0; 0 rewritten in 1 graph, 1 near miss: 1 x multi",
     ),
     "too many": ("Combine", ["--expect", "0"], 1, "expected 0 rewritten sites, found 1; no near misses"),
     "none at all": ("Plain", ["--expect", "1"], 1, "no sigmoid feeds a product that feeds an add"),

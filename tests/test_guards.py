@@ -9,10 +9,13 @@ import pytest
 import torch
 from programs import stops
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import fusionpass
+from fusionpass.engine import run
 from fusionpass.graph.vocabulary import Vocabulary
+from fusionpass.options import Options
 from fusionpass.rules import Operand, Site, guards
 
 S = torch.sigmoid
@@ -264,3 +267,27 @@ def test_a_factor_written_into_another_operands_memory():
         )
         refusal = guards.factors_owned(site, effects)
         assert (refusal.code if refusal else None) == code
+
+
+def _first(values):
+    return values[0]
+
+
+def test_a_write_to_a_value_that_nobody_recorded():
+    """Nothing is known of what a function of the user's gave, so a write to it may hit the gate."""
+    graph = Graph()
+    with FakeTensorMode():
+        wide, narrow = torch.empty(4, 8), torch.empty(4, 1)
+
+    def recorded(node, value):
+        node.meta["example_value"] = value
+        return node
+
+    a, g, b = (recorded(graph.placeholder(name), value) for name, value in (("a", wide), ("g", narrow), ("b", wide)))
+    unknown = graph.call_function(_first, ([g],))
+    s = recorded(graph.call_function(torch.sigmoid, (g,)), narrow)
+    graph.call_method("zero_", (unknown,))
+    product = recorded(graph.call_function(operator.mul, (s, b)), wide)
+    graph.output(recorded(graph.call_function(operator.add, (a, product)), wide))
+    outcome = run(GraphModule({}, graph), Options())
+    assert not outcome.rewrites and [miss.code for miss in outcome.misses] == ["mutation-between"]

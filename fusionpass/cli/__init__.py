@@ -14,8 +14,9 @@ from fusionpass.cli.interrupt import INTERRUPTED, Interrupts, interrupts
 from fusionpass.cli.numbers import whole_number
 
 DESCRIPTION = """\
-Find a + sigmoid(g) * b, the shared-expert combine of Mixture-of-Experts models, in a model's graph, swap it for one
-kernel, and say which nodes were rewritten, which were left alone, and why."""
+Find the end of a Mixture-of-Experts layer in a model's graph (the weighted sum over the experts, the shared expert with
+a gate or without, the residual add, the norm), swap it for one kernel, and say which nodes were rewritten, which were
+left alone, and why."""
 
 EPILOG = """\
 examples:

@@ -49,6 +49,9 @@ def report_command(arguments: argparse.Namespace) -> int:
         print(f"note: verified: {number} computed what the replaced nodes do, on random inputs", file=sys.stderr)
     for note in target.notes:
         print(f"note: {note}", file=sys.stderr)
+    if arguments.layers is not None and not report.rewrites:
+        few = f"--layers {arguments.layers} keeps the first {count(arguments.layers, 'layer')}"
+        print(f"note: {few}, and in some models these are dense: try a larger number", file=sys.stderr)
     if output is None:
         print_out(text)
     else:
@@ -136,7 +139,8 @@ def _judged(report: Report, arguments: argparse.Namespace) -> int:
             why = f"near misses: {'; '.join(reasons)}"
         else:
             why = "no near misses"
-        line = f"expected {arguments.expect} rewritten sites, found {found}{shared}; {why}"
+        sites = "site" if arguments.expect == 1 else "sites"
+        line = f"expected {arguments.expect} rewritten {sites}, found {found}{shared}; {why}"
     elif arguments.strict and captured == 0:
         line = f"--strict: {report.why_nothing()}"
     else:

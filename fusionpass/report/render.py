@@ -130,11 +130,16 @@ def _folds(sites: Sequence[Any], likeness: Callable[[Any], Any], fold_from: int 
     return folds
 
 
+def worth_a_word(site: Rewrite) -> list[dict[str, str]]:
+    """The stages that did not join though what follows is not another stage's."""
+    return [stop for stop in site.stopped if stop["code"] != "not-there"]
+
+
 def _stopped_lines(report: Findings) -> str:
-    """Stages that did not join, by stage and code."""
+    """Stages that did not join, by stage and code. Those of which there is nothing to join are left out."""
     found: dict[tuple[str, str], list[tuple[Rewrite, str]]] = {}
     for site in report.rewrites:
-        for stop in site.stopped:
+        for stop in worth_a_word(site):
             found.setdefault((stop["stage"], stop["code"]), []).append((site, stop["reason"]))
     lines = [
         f"  [{stage} / {code}] {count(len(sites), 'site')}: {_flat(sites[0][1])}"
@@ -222,7 +227,7 @@ def _rewrite_rows(report: Findings) -> list[list[str]]:
             f"{_bytes(site.bytes_before)} -> {_bytes(site.bytes_after)}",
             str(site.graph),
             str(_runs(report, site)),
-            "; ".join(f"{stop['stage']} / {stop['code']}: {stop['reason']}" for stop in site.stopped),
+            "; ".join(f"{stop['stage']} / {stop['code']}: {stop['reason']}" for stop in worth_a_word(site)),
         ]
         for site in report.rewrites
     ]

@@ -76,11 +76,18 @@ def left_to_inner(site: Site, effects: Effects, inner: object, saved: float, tun
         return None
     names = ", ".join(node.name for node in lost)
     if None in moved:
-        return Refusal("left-to-inner", "{} would fuse {} with the formula, and their size is unknown", inner, names)
+        return Refusal(
+            "left-to-inner",
+            "{} by itself would compute {} in one kernel with this, and the size of that is unknown",
+            inner,
+            names,
+        )
     cost = len(lost) * KERNEL_US + 2 * sum(moved) / BYTES_PER_US
     if cost <= saved:
         return None
-    text = "{} fuses {} with the formula: kept apart they cost about {:.1f} us, and the op saves {:.1f}"
+    text = (
+        "{} by itself would compute {} in one kernel with this: apart they take {:.1f} us more, the op saves {:.1f} us"
+    )
     return Refusal("left-to-inner", text, inner, names, cost, saved)
 
 

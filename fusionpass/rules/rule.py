@@ -35,6 +35,7 @@ class Stage:
         codes: refusal code -> what it means.
         grow: takes a site and returns the larger one (see `Site.grown`), or why the stage stays outside.
         saves: microseconds that the stage saves Inductor, for a site that has the stage. It is told whether Inductor tunes.
+        yields: a later stage may take the nodes behind the site in its place. Then its refusal is no news.
         of: names of the rules that it grows from. Needed only if the stage is given to the option `rules` by itself.
         version: raise it if the op's result changes and the modules of the functions given here do not. PyTorch's
             caches then treat their old entries as stale.
@@ -46,6 +47,7 @@ class Stage:
     codes: Mapping[str, str] = field(hash=False)
     grow: Callable[[Site, Vocabulary, Effects], Site | Refusal]
     saves: Callable[[Site, bool], float] = no_saving
+    yields: bool = False
     of: tuple[str, ...] = ()
     version: str = ""
 

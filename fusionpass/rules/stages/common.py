@@ -31,6 +31,9 @@ MOE_COMBINE = Op(
     indexes={"inverse": "a"},
 )
 
+YIELDED = {
+    "not-there": "a later stage takes what follows the sum, such as the residual an add that is no shared expert's"
+}
 CODES = {
     "not-allowed": "the option 'rules' leaves the stage out",
     "numerics-eager": "bit-for-bit numerics keep the neighbours as they are",

@@ -67,6 +67,7 @@ STAGE = Stage(
         "a weight of one number per column, in the sum's dtype or float32, and a number added to it, or neither",
         "a result that is added to a residual",
     ),
-    codes=common.CODES | norms.CODES | {"not-a-post-norm": "what reads the norm is no addition"},
+    codes=common.CODES | common.YIELDED | norms.CODES | {"not-a-post-norm": "what reads the norm is no addition"},
     grow=grow,
+    yields=True,
 )

@@ -60,6 +60,8 @@ STAGE = Stage(
         "no write to an operand before that add",
     ),
     codes=following_add.CODES
+    | common.YIELDED
     | {"not-a-shared-add": "what reads the sum is no addition of another tensor that nobody else reads"},
     grow=grow,
+    yields=True,
 )
