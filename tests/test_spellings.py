@@ -102,6 +102,7 @@ REWRITES = {
     "sum in the product": _sum_in_the_product,
     "sigmoid in place of a temporary": _sigmoid_in_place_of_a_copy,
     "dropout that is off": lambda a, b, g: a + F.dropout(S(g) * b, 0.5, training=False),
+    "dropout of nothing": lambda a, b, g: a + F.dropout(S(g) * b, 0.0, training=True),
     "dropout of the sigmoid that is off": lambda a, b, g: a + F.dropout(S(g), 0.5, False) * b,
     "index that adds a dim": lambda a, b, g: a + S(g[:, 0])[..., None] * b,
     "unsqueeze of the sigmoid": lambda a, b, g: a + S(g[:, 0]).unsqueeze(-1) * b,
