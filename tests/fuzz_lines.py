@@ -56,7 +56,6 @@ FORMULAS = (
     "{w} + (torch.sigmoid({n}) * {v}).masked_fill(M[:, :1], 0)",
     "{w} + torch.sigmoid({n}) * {v} * M[:, :1]",
     "{w} + F.dropout(torch.sigmoid({n}) * {v}, 0.5, False)",
-    "{w} + F.dropout(torch.sigmoid({n}) * {v}, 0.0, True)",
     # casts around, operands of two dtypes
     "{w} + (torch.sigmoid({n}.float()) * {v}.float()).to({w}.dtype)",
     "({w}.float() + torch.sigmoid({n}).float() * {v}.float()).to({w}.dtype)",

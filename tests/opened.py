@@ -136,7 +136,7 @@ def main() -> None:
     driver.set_active(Driver())
     for module in (gate_projected_add, moe_combine):
         module.kernels_take = lambda *tensors, dtype=None: True
-    kernels = [nodes_of(name) for name in forward if name != "gated_add"]
+    kernels = [nodes_of(name) for name in forward if name != "gated_add" and OPS[name].found]
     kernels += [nodes_of(name, dynamic=True) for name in ("gate_projected_add", "moe_combine")]
     found = {
         "expressions": expressions,

@@ -58,12 +58,12 @@ def test_a_recorded_combine_has_the_gradients_of_its_steps(opened):
 def test_the_kernel_is_in_the_graph(opened):
     """One wrapper of a Triton kernel whose results Inductor allocates, for static sizes and for any number of rows."""
     found = {(each["name"], each["dynamic"]) for each in opened["kernels"]}
-    whole = {(name, False) for name in FORWARD if name != "gated_add"}
+    whole = {(name, False) for name in FORWARD if name != "gated_add" and OPS[name].found}
     assert found == whole | {("gate_projected_add", True), ("moe_combine", True)}
     for each in opened["kernels"]:
         calls = each["calls"]
         assert sum("triton_kernel_wrapper" in call for call in calls) == 1, calls
-        assert sum("empty" in call for call in calls) == 2
+        assert sum("empty" in call for call in calls) == calls.count("<built-in function getitem>")  # one per result
         assert not [call for call in calls if "fusionpass" in call or any(copy in call for copy in COPIES)]
 
 
