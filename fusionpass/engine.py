@@ -171,7 +171,7 @@ class _OneGraph:
 
     def grown(self, rule: Chosen, site: Site) -> Site:
         stopped: list[tuple[str, Refusal]] = []
-        yielding: list[tuple[str, Refusal, Site]] = []
+        yielded: dict[str, Site] = {}  # the site to which the stage had nothing to add
         before: list[Site] = []
         for stage in rule.stages:
             if stage.name in rule.left_out:
@@ -184,14 +184,15 @@ class _OneGraph:
                 site = larger
             else:
                 stopped.append((stage.name, refusal))
-                yielding += [(stage.name, refusal, site)] if stage.yields else []
+                if refusal.code in stage.yields:
+                    yielded[stage.name] = site
         while before and (refusal := same_shape(site)) is not None:
             smaller = before.pop()
             (dropped,) = set(site.stages) - set(smaller.stages)
             stopped.append((dropped, refusal))
             site = smaller
-        settled = {name: _settled(why, then, site) for name, why, then in yielding}
-        return self.narrowed(site).changed(stopped=[(name, settled.get(name, why)) for name, why in stopped])
+        why = [(name, _settled(no, yielded[name], site) if name in yielded else no) for name, no in stopped]
+        return self.narrowed(site).changed(stopped=why)
 
     def narrowed(self, site: Site) -> Site:
         """The site with the cast of its float32 sum, if nothing else reads the sum: the op then stores the cast's result."""
@@ -259,8 +260,6 @@ def _choose(
 
 def _settled(refusal: Refusal, then: Site, now: Site) -> Refusal:
     """The refusal, or another one if a later stage took what the stage did not find: a residual the add, say."""
-    if not refusal.code.startswith(("not-a", "used-elsewhere")):
-        return refusal
     taken = set(now.parts).difference(then.parts)
     named = [argument for argument in refusal.args if isinstance(argument, Node)] or [then.end]
     if any(node in taken or taken.issuperset(readers(node) or [node]) for node in named):

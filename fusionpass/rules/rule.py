@@ -35,7 +35,7 @@ class Stage:
         codes: refusal code -> what it means.
         grow: takes a site and returns the larger one (see `Site.grown`), or why the stage stays outside.
         saves: microseconds that the stage saves Inductor, for a site that has the stage. It is told whether Inductor tunes.
-        yields: a later stage may take the nodes behind the site in its place. Then its refusal is no news.
+        yields: its codes that say that what follows the site is not its own. They are no news where a later stage takes it.
         of: names of the rules that it grows from. Needed only if the stage is given to the option `rules` by itself.
         version: raise it if the op's result changes and the modules of the functions given here do not. PyTorch's
             caches then treat their old entries as stale.
@@ -47,14 +47,14 @@ class Stage:
     codes: Mapping[str, str] = field(hash=False)
     grow: Callable[[Site, Vocabulary, Effects], Site | Refusal]
     saves: Callable[[Site, bool], float] = no_saving
-    yields: bool = False
+    yields: tuple[str, ...] = ()
     of: tuple[str, ...] = ()
     version: str = ""
 
     kind = "stage"
 
     def __post_init__(self) -> None:
-        _as_tuples(self, "needs", "of")
+        _as_tuples(self, "needs", "yields", "of")
 
     def __repr__(self) -> str:
         return f"Stage({self.name!r})"

@@ -69,5 +69,5 @@ STAGE = Stage(
     ),
     codes=common.CODES | common.YIELDED | norms.CODES | {"not-a-post-norm": "what reads the norm is no addition"},
     grow=grow,
-    yields=True,
+    yields=("not-an-rms-norm", "not-a-post-norm", "used-elsewhere"),
 )

@@ -63,5 +63,5 @@ STAGE = Stage(
     | common.YIELDED
     | {"not-a-shared-add": "what reads the sum is no addition of another tensor that nobody else reads"},
     grow=grow,
-    yields=True,
+    yields=("not-a-shared-add", "used-elsewhere"),
 )
