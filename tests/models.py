@@ -85,7 +85,7 @@ FAMILIES: dict[str, Callable] = {
 }
 
 
-def tiny(model_type: str, sizes: dict, *, dtype: torch.dtype = torch.float32, experts: str | None = None):
+def tiny(model_type: str, sizes: dict):
     """Any causal language model with these sizes beside the common ones, in eval mode, and one call's keyword arguments."""
     try:
         known = transformers.AutoConfig.for_model(model_type)
@@ -93,8 +93,7 @@ def tiny(model_type: str, sizes: dict, *, dtype: torch.dtype = torch.float32, ex
         pytest.skip(f"transformers {transformers.__version__} has no model type {model_type}")
     config = type(known)(**(COMMON | MOE | sizes))
     torch.manual_seed(0)
-    given = {} if experts is None else {"experts_implementation": experts}
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, **given).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 1.0, std=0.3)

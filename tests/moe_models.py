@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from programs import SCATTER, relative_error
+from models_other import randomize
+from programs import DEVICE, SCATTER, relative_error
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 SMALL = {
@@ -190,10 +191,9 @@ def tiny(model_type: str, sizes: dict, experts: str):
     config = shrunk(config_of(model_type), sizes)
     torch.manual_seed(0)
     model = model_class(model_type, config)._from_config(config, dtype=torch.float32, experts_implementation=experts)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, mean=0.0 if parameter.dim() > 1 else 1.0, std=0.3)
-    return model.eval(), {"input_ids": torch.randint(3, 100, (2, 9)), "use_cache": False}
+    randomize(model)
+    ids = torch.randint(3, 100, (2, 9))
+    return model.to(DEVICE).eval(), {"input_ids": ids.to(DEVICE), "use_cache": False}
 
 
 class Row(NamedTuple):

@@ -41,19 +41,27 @@ def test_generate_with_a_compile_config(config):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_fused_model_generates_with_somebodys_backend(backend):
+@pytest.mark.parametrize(
+    ("backend", "family", "layers"),
+    [
+        ("eager", "qwen2_moe", LAYERS),
+        ("aot_eager", "qwen2_moe", LAYERS),
+        ("aot_eager", "qwen3_next", 1),  # the layer whose attention is no recurrence
+        ("aot_eager", "qwen3_5_moe", 1),
+    ],
+)
+def test_a_fused_model_generates_with_somebodys_backend(backend, family, layers):
     """`generate` compiles the decode steps by itself; the prefill is the fused model's own compilation."""
-    model, inputs = models.build("qwen2_moe")
+    model, inputs = models.build(family, layers=layers)
     options = dict(max_new_tokens=4, do_sample=False, cache_implementation="static")
     want = model.generate(inputs["input_ids"], **options, disable_compile=True)
     fusionpass.fuse(model, strict=True)
     config = compile_config(backend=backend, mode=None, fullgraph=True)
     with fusionpass.collect() as report:
         got = model.generate(inputs["input_ids"], **options, compile_config=config)
-    assert [graph.rewrites for graph in report.graphs] == [LAYERS] * 2
+    assert [graph.rewrites for graph in report.graphs] == [layers] * 2
     assert [graph.calls for graph in report.graphs] == [1, 3]
-    assert [site.stages for site in report.rewrites] == [WHOLE] * LAYERS * 2
+    assert [site.stages for site in report.rewrites] == [WHOLE] * layers * 2
     torch.testing.assert_close(got, want)
 
 

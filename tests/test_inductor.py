@@ -63,7 +63,7 @@ def test_the_kernel_is_in_the_graph(opened):
     for each in opened["kernels"]:
         calls = each["calls"]
         assert sum("triton_kernel_wrapper" in call for call in calls) == 1, calls
-        assert sum("empty" in call for call in calls) == calls.count("<built-in function getitem>")  # one per result
+        assert sum("empty" in call for call in calls) == (1 if each["name"] == "gate_projected_add" else 2)
         assert not [call for call in calls if "fusionpass" in call or any(copy in call for copy in COPIES)]
 
 

@@ -13,11 +13,8 @@ import fusionpass
 
 transformers = pytest.importorskip("transformers")
 
-LAYERS = {
-    "qwen2_moe": 2,
-    "qwen3_next": 1,
-    "qwen3_5_moe": 1,
-}  # of the last two the layer whose attention is no recurrence
+# Of the last two the layer whose attention is no recurrence.
+LAYERS = {"qwen2_moe": 2, "qwen3_next": 1, "qwen3_5_moe": 1}
 TRAINED = ["gate_projection", "gated_add"]
 PLAIN_GATE = ["finalize", "gated_add", "residual", "rms_norm"]  # the projection of a quantised gate stays outside
 FAMILIES = list(LAYERS)
@@ -142,9 +139,8 @@ def test_the_trainer_in_bf16(family, tmp_path):
             module = fusionpass.fuse(model) if fused else model
             transformers.Trainer(model=module, args=arguments, train_dataset=data).train()
         ended.append([p.detach().clone() for p in model.parameters()])
-    assert [site.stages for site in report.rewrites] == [TRAINED] * LAYERS[family] and report.executed == 2 * LAYERS[
-        family
-    ]
+    assert [site.stages for site in report.rewrites] == [TRAINED] * LAYERS[family]
+    assert report.executed == 2 * LAYERS[family]
     for one, other in zip(*ended, strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=2e-3)
 
@@ -179,18 +175,3 @@ def test_regional_compilation(family):
     assert {tuple(site.stages) for site in report.rewrites} == {tuple(WHOLE[:-1])}
     assert report.executed == LAYERS[family]
     torch.testing.assert_close(got, plain, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_with_a_static_cache(family):
-    model, inputs = built(family)
-    options = dict(max_new_tokens=4, do_sample=False, cache_implementation="static")
-    want = model.generate(inputs["input_ids"], **options, disable_compile=True)
-    fusionpass.fuse(model, strict=True)
-    config = transformers.CompileConfig(backend="aot_eager", mode=None, fullgraph=False)
-    config._compile_all_devices = True  # otherwise generate compiles on accelerators alone
-    with fusionpass.collect() as report:
-        got = model.generate(inputs["input_ids"], **options, compile_config=config)
-    assert [site.stages for site in report.rewrites] == [WHOLE] * LAYERS[family] * 2  # the prefill, and a decode step
-    assert report.executed == LAYERS[family] * 4
-    torch.testing.assert_close(got, want)

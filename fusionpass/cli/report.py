@@ -139,8 +139,7 @@ def _judged(report: Report, arguments: argparse.Namespace) -> int:
             why = f"near misses: {'; '.join(reasons)}"
         else:
             why = "no near misses"
-        sites = "site" if arguments.expect == 1 else "sites"
-        line = f"expected {arguments.expect} rewritten {sites}, found {found}{shared}; {why}"
+        line = f"expected {count(arguments.expect, 'rewritten site')}, found {found}{shared}; {why}"
     elif arguments.strict and captured == 0:
         line = f"--strict: {report.why_nothing()}"
     else:

@@ -110,6 +110,13 @@ def gather_of(node: Node) -> tuple[Node, Node] | None:
     return source, index
 
 
+def behind_views(node: Node) -> Node:
+    """The node that the views ending in `node` look at. A gather of rows is none of them."""
+    while is_view(node) and gather_of(node) is None and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
 @cache
 def pointwise_or_reduction(name: str) -> bool:
     """Whether torch's operation of this name computes its elements one by one, or sums or compares rows of them."""

@@ -252,7 +252,7 @@ class Vocabulary:
     def drops_nothing(self, node: Node) -> bool:
         """Whether a dropout is known to return its input: it is not in training, or p is 0. A module's may change later."""
         operands = self.plain(node, "dropout") if node.op != "call_module" else None
-        return operands is not None and (operands[2] is False or _is_zero(operands[1]))
+        return operands is not None and (operands[2] is False or operands[1] == 0)
 
     def einsum(self, node: Node) -> tuple[str, tuple[Any, ...]] | None:
         """(equation, operands) of an einsum."""
@@ -306,7 +306,3 @@ def _bind(node: Node, op: str) -> tuple[tuple[Any, ...], Refusal | None]:
         if name not in NEUTRAL or value != NEUTRAL[name]:
             return tuple(operands), Refusal("scaled", "{} is called with {}={}", node.name, name, value)
     return tuple(operands), None
-
-
-def _is_zero(p: object) -> bool:
-    return isinstance(p, (int, float)) and p == 0

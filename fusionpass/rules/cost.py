@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
 from fusionpass.graph.identity import torch_name
-from fusionpass.graph.nodes import gather_of, is_cast, is_view, pointwise_or_reduction, readers
+from fusionpass.graph.nodes import behind_views, gather_of, is_cast, is_view, pointwise_or_reduction, readers
 from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import known_equal, tensor_of
 from fusionpass.private import OpOverload
@@ -97,7 +97,7 @@ def _producers(site: Site) -> list[Node]:
     inside = set(site.parts)
     found = []
     for operand in dict.fromkeys(node for node in operands if node is not None):
-        node = _behind_views(operand)
+        node = behind_views(operand)
         if _fuses(node) and all(_only_inside(reader, inside) for reader in readers(node)):
             found.append(node)
     return found
@@ -109,7 +109,7 @@ def _folded_into(site: Site) -> Node | None:
     if not known_equal(total.numel(), total.shape[-1]):
         return None
     operands = (site.node(name) for name in site.op.rows)
-    sources = (_behind_views(node) for node in operands if node is not None)
+    sources = (behind_views(node) for node in operands if node is not None)
     return next((node for node in sources if torch_name(node) in PRODUCTS), None)
 
 
@@ -136,12 +136,6 @@ def _read_by_pointwise(node: Node, inside: set[Node], now: int, effects: Effects
         if _fuses(reader) and all(effects.position.get(other, now) < now for other in others):
             return True
     return False
-
-
-def _behind_views(node: Node) -> Node:
-    while is_view(node) and gather_of(node) is None and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def _fuses(node: Node) -> bool:

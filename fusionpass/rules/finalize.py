@@ -15,7 +15,15 @@ from torch.fx import Node
 
 from fusionpass.graph.effects import Effects
 from fusionpass.graph.identity import torch_name
-from fusionpass.graph.nodes import gather_of, is_cast, is_reshape, is_view, pointwise_or_reduction, readers
+from fusionpass.graph.nodes import (
+    behind_views,
+    gather_of,
+    is_cast,
+    is_reshape,
+    is_view,
+    pointwise_or_reduction,
+    readers,
+)
 from fusionpass.graph.refusal import Refusal
 from fusionpass.graph.tensors import known_equal, tensor_of
 from fusionpass.graph.vocabulary import Vocabulary
@@ -85,9 +93,7 @@ def _of_chosen_experts(rows: Node) -> bool:
 
 
 def _chosen(weights: Node) -> bool:
-    while is_view(weights) and gather_of(weights) is None:
-        weights = weights.all_input_nodes[0]
-    gathered = gather_of(weights)
+    gathered = gather_of(behind_views(weights))
     matrices = None if gathered is None else tensor_of(gathered[0])
     return matrices is not None and matrices.dim() == 3
 
